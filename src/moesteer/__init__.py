@@ -1,0 +1,67 @@
+"""moesteer: find the experts of a Mixture-of-Experts model that carry a behaviour, steer them,
+and prove what changed.
+
+    engine = moesteer.load("testbed")
+    pairs = moesteer.read_pairs("testbed:refusal")
+    profile = moesteer.select(moesteer.detect(engine, pairs), activate=3, deactivate=0, toward="a")
+    with moesteer.steer(engine.model, profile) as fired:
+        engine.model.generate(...)
+    print(fired)
+
+Names are imported when first used, so that `import moesteer` stays light.
+"""
+
+from typing import TYPE_CHECKING
+
+from moesteer.errors import DidNotFire, MoesteerError
+from moesteer.version import __version__
+
+if TYPE_CHECKING:
+    from moesteer.contrast import ContrastPair, read_pairs
+    from moesteer.detection.detect import detect
+    from moesteer.detection.selecting import select_experts as select
+    from moesteer.engines.steering import Steering, steer
+    from moesteer.engines.transformers_engine import TransformersEngine
+    from moesteer.engines.transformers_engine import load_transformers as load
+    from moesteer.evaluation.controls import random_control
+    from moesteer.profile import Profile, combine
+
+_HOME = {
+    "ContrastPair": "moesteer.contrast:ContrastPair",
+    "read_pairs": "moesteer.contrast:read_pairs",
+    "detect": "moesteer.detection.detect:detect",
+    "select": "moesteer.detection.selecting:select_experts",
+    "Steering": "moesteer.engines.steering:Steering",
+    "steer": "moesteer.engines.steering:steer",
+    "TransformersEngine": "moesteer.engines.transformers_engine:TransformersEngine",
+    "load": "moesteer.engines.transformers_engine:load_transformers",
+    "random_control": "moesteer.evaluation.controls:random_control",
+    "Profile": "moesteer.profile:Profile",
+    "combine": "moesteer.profile:combine",
+}
+
+__all__ = [
+    "ContrastPair",
+    "DidNotFire",
+    "MoesteerError",
+    "Profile",
+    "Steering",
+    "TransformersEngine",
+    "__version__",
+    "combine",
+    "detect",
+    "load",
+    "random_control",
+    "read_pairs",
+    "select",
+    "steer",
+]
+
+
+def __getattr__(name: str):
+    from importlib import import_module
+
+    if name not in _HOME:
+        raise AttributeError(f"module 'moesteer' has no attribute {name!r}")
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,5 @@
+"""`python -m moesteer`."""
+
+from moesteer.cli import main
+
+main()

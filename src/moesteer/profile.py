@@ -1,0 +1,369 @@
+"""The profile: what to steer, how, where, on which model, from which evidence.
+
+One safetensors file: the scores as tensors, everything else as a JSON header, so that a saved
+profile can't be applied in another way, at another place or to another model than it was made for.
+A file that says less, or contradicts itself, is refused.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from moesteer.errors import MoesteerError
+from moesteer.files import write_atomically
+
+SCHEMA = 1
+HEADER_KEY = "moesteer"
+
+Expert = tuple[int, int]
+"""(layer, expert): the decoder layer's own number and the expert's index in it, both from 0."""
+
+Side = Literal["a", "b"]
+
+UNKNOWN = "unknown"
+"""What a profile says of its model where the scores' source did not name it; not compared."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A routed layer: its number among all decoder layers, how many experts, how many a token."""
+
+    layer: int
+    experts: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a profile must know of its model to refuse another one."""
+
+    id: str
+    revision: str | None
+    model_type: str
+    config_hash: str
+    tokenizer_hash: str
+    family: str
+    layers: tuple[LayerShape, ...]
+
+    def shape_of(self, layer: int) -> LayerShape | None:
+        return next((shape for shape in self.layers if shape.layer == layer), None)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Where the scores come from: data, span, detector, and how to get them again."""
+
+    detector: str
+    counted: Literal["top-k", "top-1"]
+    pairs: int
+    source: str
+    data_hash: str
+    target: str
+    tokens_a: int
+    tokens_b: int
+    chat_options: dict[str, bool | int | float | str]
+    seed: int
+    interval: str
+    versions: dict[str, str]
+    command: str
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One score an expert, rows in the order of `ModelFacts.layers`; positive means more in A.
+
+    `rate_a` and `rate_b` are the shares of target tokens that selected the expert, `low` and `high`
+    the ends of the score's interval. Experts that a layer lacks (layers of unequal width) are 0.
+    """
+
+    __pydantic_config__: ClassVar = {"arbitrary_types_allowed": True}
+
+    value: Float[np.ndarray, "layer expert"]
+    low: Float[np.ndarray, "layer expert"]
+    high: Float[np.ndarray, "layer expert"]
+    rate_a: Float[np.ndarray, "layer expert"]
+    rate_b: Float[np.ndarray, "layer expert"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Experts to activate and deactivate, by which rule, and where that comes from.
+
+    A profile made by hand needs no model and no evidence: `Profile(activated=((2, 5),))`.
+    """
+
+    activated: tuple[Expert, ...] = ()
+    deactivated: tuple[Expert, ...] = ()
+    rule: Literal["exact", "paper"] = "exact"
+    dose: float = 1.0
+    toward: Side | None = None
+    model: ModelFacts | None = None
+    evidence: Evidence | None = None
+    scores: Scores | None = field(default=None, compare=False)
+    name: str = "profile"
+
+    def __post_init__(self) -> None:
+        both = sorted(set(self.activated) & set(self.deactivated))
+        if both:
+            raise MoesteerError(
+                f"{self.name}: {_listed(both)} would be both activated and deactivated."
+            )
+        for experts in (self.activated, self.deactivated):
+            twice = sorted({expert for expert in experts if experts.count(expert) > 1})
+            if twice:
+                raise MoesteerError(f"{self.name}: {_listed(twice)} is named twice.")
+        if not 0 <= self.dose <= 1:
+            raise MoesteerError(f"{self.name}: the dose is {self.dose}; it must be from 0 to 1.")
+        if self.model is not None:
+            check_fits(self, self.model.layers)
+
+    def experts_of(self, layer: int) -> tuple[list[int], list[int]]:
+        """Activated and deactivated expert indices of one layer."""
+        return (
+            [expert for where, expert in self.activated if where == layer],
+            [expert for where, expert in self.deactivated if where == layer],
+        )
+
+    @property
+    def steered_layers(self) -> tuple[int, ...]:
+        return tuple(sorted({layer for layer, _ in (*self.activated, *self.deactivated)}))
+
+    def reversed(self) -> "Profile":
+        """The sign-reversed profile: activated and deactivated swapped."""
+        other: dict[str | None, Side | None] = {"a": "b", "b": "a", None: None}
+        return replace(
+            self,
+            activated=self.deactivated,
+            deactivated=self.activated,
+            toward=other[self.toward],
+            name=f"{self.name} reversed",
+        )
+
+    def to_json(self) -> str:
+        """Everything the profile holds, as one JSON object; scores as a list of experts."""
+        scores = []
+        if self.scores is not None and self.model is not None:
+            arrays = vars(self.scores)
+            scores = [
+                {"layer": shape.layer, "expert": expert}
+                | {key: float(array[row, expert]) for key, array in arrays.items()}
+                for row, shape in enumerate(self.model.layers)
+                for expert in range(shape.experts)
+            ]
+        return json.dumps(
+            {"schema": SCHEMA, **_as_json(self), "scores": scores}, ensure_ascii=False, indent=2
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile atomically; MoesteerError if the file can't be written."""
+        from safetensors.numpy import save_file
+
+        header = {key: value for key, value in _as_json(self).items() if key != "scores"}
+        arrays = _arrays(self.scores)
+        for key, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise MoesteerError(f"{path}: scores.{key} holds NaN or infinite values.")
+        metadata = {HEADER_KEY: json.dumps({"schema": SCHEMA, **header}, ensure_ascii=False)}
+        write_atomically(Path(path), lambda file: save_file(arrays, file, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Profile":
+        """Read and check a profile; MoesteerError says what is wrong with the file."""
+        header, arrays = _read(Path(path))
+        return _parse(Path(path), header, arrays)
+
+
+def check_fits(profile: Profile, layers: tuple[LayerShape, ...]) -> None:
+    """Raise MoesteerError unless each steered expert exists and each layer can obey."""
+    shapes = {shape.layer: shape for shape in layers}
+    for layer, expert in (*profile.activated, *profile.deactivated):
+        if layer not in shapes:
+            raise MoesteerError(
+                f"{profile.name}: expert ({layer}, {expert}) names layer {layer}, but the model"
+                f" routes in layers {_ranges(sorted(shapes))} only."
+            )
+        if not 0 <= expert < shapes[layer].experts:
+            raise MoesteerError(
+                f"{profile.name}: expert ({layer}, {expert}) does not exist: layer {layer} has"
+                f" experts 0–{shapes[layer].experts - 1}."
+            )
+    for layer in profile.steered_layers:
+        activated, deactivated = profile.experts_of(layer)
+        shape = shapes[layer]
+        if len(activated) > shape.top_k:
+            raise MoesteerError(
+                f"{profile.name}: {len(activated)} experts are activated in layer {layer}"
+                f" ({', '.join(map(str, activated))}), but a token selects k = {shape.top_k}."
+                " Activate fewer experts, or choose among them."
+            )
+        if shape.experts - len(deactivated) < shape.top_k:
+            raise MoesteerError(
+                f"{profile.name}: {len(deactivated)} of {shape.experts} experts are deactivated in"
+                f" layer {layer}, which leaves fewer than the k = {shape.top_k} a token selects."
+                " Deactivate fewer experts."
+            )
+
+
+def check_model(profile: Profile, model: ModelFacts) -> None:
+    """Raise MoesteerError if the profile was made on another model; both values are shown."""
+    made_on = profile.model
+    if made_on is None:
+        check_fits(profile, model.layers)
+        return
+    differences = [
+        ("model type", made_on.model_type, model.model_type),
+        ("routed layers", len(made_on.layers), len(model.layers)),
+        ("layer numbers", *(_ranges([s.layer for s in m.layers]) for m in (made_on, model))),
+        ("experts a layer", *(_widths(m.layers, "experts") for m in (made_on, model))),
+        ("experts a token (k)", *(_widths(m.layers, "top_k") for m in (made_on, model))),
+        ("routing family", made_on.family, model.family),
+        ("config hash", made_on.config_hash, model.config_hash),
+    ]
+    for what, theirs, ours in differences:
+        if theirs not in (ours, UNKNOWN):
+            raise MoesteerError(
+                f"{profile.name} was made on {made_on.id} and does not fit {model.id}:"
+                f" {what} is {theirs} in the profile and {ours} in the model."
+            )
+    check_fits(profile, model.layers)
+
+
+def combine(*profiles: Profile) -> Profile:
+    """One profile that does what all of them do; MoesteerError where they contradict."""
+    first = profiles[0]
+    for other in profiles[1:]:
+        if (other.rule, other.dose) != (first.rule, first.dose):
+            raise MoesteerError(
+                f"{first.name} (rule {first.rule}, dose {first.dose}) and {other.name} (rule"
+                f" {other.rule}, dose {other.dose}) can't be combined; they steer differently."
+            )
+        if first.model and other.model and other.model.config_hash != first.model.config_hash:
+            raise MoesteerError(
+                f"{first.name} and {other.name} were made on different models"
+                f" ({first.model.id}, {other.model.id})."
+            )
+    merge = dict.fromkeys
+    return replace(
+        first,
+        activated=tuple(merge(e for p in profiles for e in p.activated)),
+        deactivated=tuple(merge(e for p in profiles for e in p.deactivated)),
+        toward=None,
+        evidence=None,
+        scores=None,
+        name=" + ".join(p.name for p in profiles),
+    )
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise MoesteerError(f"{path}: there is no such profile file.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MoesteerError(f"{path} is not a readable profile: {error}.") from None
+    if HEADER_KEY not in metadata:
+        raise MoesteerError(f"{path} is a safetensors file, but not a profile of moesteer.")
+    try:
+        header = json.loads(metadata[HEADER_KEY])
+    except json.JSONDecodeError as error:
+        raise MoesteerError(f"{path}: the header is not JSON: {error}.") from None
+    if not isinstance(header, dict):
+        raise MoesteerError(f"{path}: the header is not a JSON object.")
+    return header, arrays
+
+
+def _parse(path: Path, header: dict, arrays: Mapping[str, np.ndarray]) -> Profile:
+    from pydantic import TypeAdapter, ValidationError
+
+    schema = header.pop("schema", None)
+    if schema != SCHEMA:
+        raise MoesteerError(
+            f"{path} has profile schema {schema}; this version of moesteer reads schema {SCHEMA}."
+        )
+    for key in ("operation", "hook_point"):
+        value = header.pop(key, None)
+        if value != FIXED[key]:
+            raise MoesteerError(f"{path}: {key} is {value!r}; this version knows {FIXED[key]!r}.")
+    try:
+        profile = TypeAdapter(Profile).validate_json(json.dumps(header), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise MoesteerError(f"{path}: {where}: {first['msg']}.") from None
+    except MoesteerError as error:
+        raise MoesteerError(f"{path}: {error}") from None
+    return replace(profile, scores=_scores(path, profile, arrays), name=path.name)
+
+
+def _scores(path: Path, profile: Profile, arrays: Mapping[str, np.ndarray]) -> Scores | None:
+    if not arrays:
+        return None
+    expected = [entry.name for entry in fields(Scores)]
+    if set(arrays) != set(expected):
+        raise MoesteerError(
+            f"{path} holds tensors {', '.join(sorted(arrays))}; expected {', '.join(expected)}."
+        )
+    if profile.model is None:
+        raise MoesteerError(f"{path} has scores but does not say of which model.")
+    shape = (len(profile.model.layers), max(s.experts for s in profile.model.layers))
+    for key, array in arrays.items():
+        if array.shape != shape:
+            raise MoesteerError(
+                f"{path}: {key} has shape {array.shape}, but the model in the header has"
+                f" {shape[0]} routed layers of {shape[1]} experts."
+            )
+        if not np.isfinite(array).all():
+            row, column = np.argwhere(~np.isfinite(array))[0]
+            layer = profile.model.layers[row].layer
+            raise MoesteerError(
+                f"{path}: {key} of expert ({layer}, {column}) is {array[row, column]}; it must be"
+                " a finite number."
+            )
+    return Scores(**{key: np.asarray(array, dtype=np.float64) for key, array in arrays.items()})
+
+
+FIXED = {"operation": "steer experts", "hook_point": "router logits"}
+"""What a profile of this schema does, and where: stated in the file, because a file that is
+applied at another place is silently wrong."""
+
+
+def _as_json(profile: Profile) -> dict:
+    return {**FIXED, **asdict(replace(profile, scores=None))}
+
+
+def _arrays(scores: Scores | None) -> dict[str, np.ndarray]:
+    return {} if scores is None else {k: np.ascontiguousarray(v) for k, v in vars(scores).items()}
+
+
+# -- words ---------------------------------------------------------------------------------------
+
+
+def _listed(experts: list[Expert]) -> str:
+    return "expert " + ", ".join(f"({layer}, {expert})" for layer, expert in experts)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0–3, 5 for [0, 1, 2, 3, 5]."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{p[0]}–{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+def _widths(layers: tuple[LayerShape, ...], what: str) -> str:
+    return _ranges(sorted({getattr(shape, what) for shape in layers}))

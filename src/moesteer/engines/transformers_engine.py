@@ -1,0 +1,297 @@
+"""The transformers engine: any MoE causal LM that `AutoModelForCausalLM` can load."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from moesteer import testbed
+from moesteer.chat import TokenisedConversation
+from moesteer.engines.base import Counted, Generation, LayerEvidence, summed
+from moesteer.engines.routers import MoELayer, find_routers
+from moesteer.engines.seam import SelectionCounts, observe
+from moesteer.engines.steering import UNSTEERED, checked_layers, layer_shapes, steer
+from moesteer.errors import MoesteerError
+from moesteer.profile import ModelFacts, Profile, check_model
+
+HASHED_CONFIG = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+"""The config entries that make two models the same for a profile. Not the whole config: each
+version of transformers writes other defaults into it."""
+
+
+class TransformersEngine:
+    """A model of transformers, its tokenizer and its routed layers, found and self-tested."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        id: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.layers: list[MoELayer] = checked_layers(model)
+        self.facts = _facts(model, tokenizer, self.layers, id or model.name_or_path, revision)
+        self.max_tokens: int | None = getattr(
+            model.config.get_text_config(), "max_position_embeddings", None
+        )
+
+    @torch.inference_mode()
+    def count_selections(
+        self, conversations: Sequence[TokenisedConversation], counted: Counted = "top-k"
+    ) -> Int[np.ndarray, "conversation layer expert"]:
+        """See `Engine.count_selections`. One forward pass without the LM head."""
+        ids, attention, target = _right_padded(conversations, self.model.device)
+        # Tokens outside the target count in one slot more, which is dropped.
+        rows = torch.arange(len(conversations), device=ids.device).unsqueeze(-1)
+        slots = torch.where(target, rows, len(conversations)).flatten()
+        counts = [SelectionCounts(layer, len(conversations) + 1) for layer in self.layers]
+
+        def counter(layer_counts: SelectionCounts) -> Callable[[Tensor, Tensor], None]:
+            def see(index: Tensor, weights: Tensor) -> None:
+                if counted == "top-1":
+                    first = weights.argmax(-1, keepdim=True)
+                    index, weights = index.gather(-1, first), weights.gather(-1, first)
+                layer_counts.add(index, weights, slots.to(index.device))
+
+            return see
+
+        undo = [observe(*pair) for pair in zip(self.layers, map(counter, counts), strict=True)]
+        try:
+            self.model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
+        finally:
+            for restore in undo:
+                restore()
+        widest = max(layer.num_experts for layer in self.layers)
+        result = np.zeros((len(conversations), len(self.layers), widest), dtype=np.int64)
+        for position, layer_counts in enumerate(counts):
+            table = layer_counts.table()[:-1].cpu().numpy()
+            result[:, position, : table.shape[1]] = table
+        return result
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        profiles: Profile | Sequence[Profile | None] | None = None,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 64,
+        progress: Callable[[int], None] | None = None,
+    ) -> Generation:
+        """See `Engine.generate`. Prompts of similar length share a left-padded batch."""
+        by_prompt = _one_each(profiles, len(prompts))
+        for profile in {id(p): p for p in by_prompt if p is not None}.values():
+            check_model(profile, self.facts)
+        encoded = [self.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+        self._check_lengths(encoded, max_new_tokens)
+        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+        replies = [""] * len(prompts)
+        evidence: list[LayerEvidence] = []
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            texts, seen = self._generate_batch(
+                [encoded[i] for i in chosen],
+                [by_prompt[i] for i in chosen],
+                max_new_tokens,
+                temperature,
+            )
+            for i, text in zip(chosen, texts, strict=True):
+                replies[i] = text
+            evidence += seen
+            if progress is not None:
+                progress(len(chosen))
+        return Generation(replies, summed(evidence))
+
+    def _generate_batch(
+        self,
+        encoded: list[list[int]],
+        profiles: list[Profile | None],
+        max_new_tokens: int,
+        temperature: float,
+    ) -> tuple[list[str], list[LayerEvidence]]:
+        pad = _pad_id(self.tokenizer)
+        longest = max(map(len, encoded))
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded])
+        attention = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in encoded])
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature}
+        distinct = {id(profile) for profile in profiles}
+        together = profiles[0] if len(distinct) == 1 else profiles
+        with torch.inference_mode(), steer(self.model, together or UNSTEERED, self.layers) as fired:
+            output = self.model.generate(
+                ids.to(self.model.device),
+                attention_mask=attention.to(self.model.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                **sampling,
+            )
+        replies = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        return replies, fired.evidence()
+
+    def _check_lengths(self, encoded: list[list[int]], max_new_tokens: int) -> None:
+        for number, ids in enumerate(encoded, start=1):
+            if not ids:
+                raise MoesteerError(f"prompt {number} is empty.")
+            if self.max_tokens is not None and len(ids) + max_new_tokens > self.max_tokens:
+                raise MoesteerError(
+                    f"prompt {number} has {len(ids)} tokens; with {max_new_tokens} new ones that is"
+                    f" over the model's context of {self.max_tokens}. Shorten it, or ask for fewer."
+                )
+
+
+def load_transformers(
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    chat_template: str | None = None,
+) -> TransformersEngine:
+    """Load a model by its name on the Hub, a folder, or `testbed`.
+
+    It is built from its config without weights first, so that a model that can't be steered is
+    refused before anything large is loaded. Raises MoesteerError where it can't be used.
+    """
+    path = resolve(model)
+    config = read_config(path, revision)
+    with torch.device("meta"):
+        find_routers(_from_config(config, model))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=dtype, device_map=device_map or _best_device()
+        )
+    except (OSError, ValueError) as error:
+        raise MoesteerError(f"{model} can't be loaded: {_first_line(error)}") from None
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return TransformersEngine(loaded, tokenizer, id=model, revision=revision)
+
+
+BUNDLED = {"testbed": "planted", "testbed-twin": "twin"}
+"""Names of the models that come with moesteer."""
+
+
+def resolve(model: str) -> str:
+    """The folder of a bundled model, or the name as it is."""
+    return str(testbed.model_path(BUNDLED[model])) if model in BUNDLED else model
+
+
+def read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
+    """A model's config alone; MoesteerError where there is none or its architecture is unknown."""
+    looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
+    if looks_local and not (Path(path) / "config.json").is_file():
+        raise MoesteerError(f"{path} holds no model: there is no {Path(path) / 'config.json'}.")
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise MoesteerError(f"{path} can't be read as a model: {_first_line(error)}") from None
+
+
+def _from_config(config: PreTrainedConfig, name: str) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise MoesteerError(f"{name} is not a causal LM: {_first_line(error)}") from None
+
+
+def _best_device() -> str:
+    return "auto" if torch.cuda.is_available() else "cpu"
+
+
+def _facts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: list[MoELayer],
+    id: str,
+    revision: str | None,
+) -> ModelFacts:
+    config = model.config.get_text_config()
+    shapes = layer_shapes(layers)
+    entries = {key: getattr(config, key, None) for key in HASHED_CONFIG}
+    entries["layers"] = [[s.layer, s.experts, s.top_k] for s in shapes]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return ModelFacts(
+        id=id,
+        revision=revision or getattr(model.config, "_commit_hash", None),
+        model_type=config.model_type,
+        config_hash=_hash(json.dumps(entries, sort_keys=True)),
+        tokenizer_hash=_hash(words + str(tokenizer.chat_template)),
+        family="; ".join(dict.fromkeys(layer.family for layer in layers)),
+        layers=shapes,
+    )
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _right_padded(
+    conversations: Sequence[TokenisedConversation], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and target mask, each [conversation, position].
+
+    Padding on the right leaves the positions of causal models as they are.
+    """
+    longest = max(len(conversation.ids) for conversation in conversations)
+    ids = np.zeros((len(conversations), longest), dtype=np.int64)
+    attention, target = np.zeros_like(ids), np.zeros(ids.shape, dtype=bool)
+    for row, conversation in enumerate(conversations):
+        length = len(conversation.ids)
+        ids[row, :length] = conversation.ids
+        attention[row, :length] = 1
+        target[row, :length] = conversation.target
+    as_tensors = [torch.from_numpy(array).to(device) for array in (ids, attention, target)]
+    return as_tensors[0], as_tensors[1], as_tensors[2]
+
+
+def _one_each(
+    profiles: Profile | Sequence[Profile | None] | None, prompts: int
+) -> list[Profile | None]:
+    if profiles is None or isinstance(profiles, Profile):
+        return [profiles] * prompts
+    if len(profiles) != prompts:
+        raise MoesteerError(f"there are {prompts} prompts, but {len(profiles)} profiles.")
+    return list(profiles)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if isinstance(value, int):
+            return value
+    return 0
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,59 @@
+"""`moesteer detect`: a detection that holds its output file, resumes after a kill, and saves."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moesteer.detection.counts import Progress
+from moesteer.detection.detect import detect
+from moesteer.detection.selecting import select_experts
+from moesteer.errors import MoesteerError
+from moesteer.files import sole_writer
+from moesteer.profile import Profile, Side
+
+if TYPE_CHECKING:
+    from moesteer.contrast import ContrastPair
+    from moesteer.engines.base import Counted, Engine
+
+
+def detect_to_file(
+    engine: "Engine",
+    pairs: "Sequence[ContrastPair]",
+    *,
+    out: str,
+    select: tuple[int, int, Side | None],
+    counted: "Counted",
+    chat_options: Mapping[str, bool | int | float | str],
+    source: str,
+    seed: int,
+    command: str,
+    progress: Progress | None = None,
+) -> Profile:
+    """Detect, choose `select` = (activate, deactivate, toward) experts if any, and write `out`.
+
+    The counts are checkpointed beside `out` and removed once it is written.
+    """
+    activate, deactivate, toward = select
+    if (activate or deactivate) and toward is None:
+        raise MoesteerError("say towards which side to steer: --toward a or --toward b.")
+    path = Path(out)
+    checkpoint = path.parent / f".{path.name}.counts.partial"
+    with sole_writer(path):
+        profile = detect(
+            engine,
+            pairs,
+            counted=counted,
+            chat_options=chat_options,
+            source=source,
+            checkpoint=checkpoint,
+            progress=progress,
+            seed=seed,
+            command=command,
+        )
+        if toward is not None and (activate or deactivate):
+            profile = select_experts(
+                profile, activate=activate, deactivate=deactivate, toward=toward
+            )
+        profile.save(path)
+        checkpoint.unlink(missing_ok=True)
+    return profile

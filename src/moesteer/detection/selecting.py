@@ -1,0 +1,55 @@
+"""From scores to a choice: which experts to activate and which to deactivate.
+
+Ranked over all layers by |score|, as in SteerMoE. Towards A, experts that go with A are activated
+and those that go with B deactivated; towards B the other way round. A layer can't activate more
+than k experts: a surplus is an error that names it, never dropped in silence.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from moesteer.errors import MoesteerError
+from moesteer.profile import Expert, Profile, Side
+
+
+def select_experts(profile: Profile, *, activate: int, deactivate: int, toward: Side) -> Profile:
+    """The profile with its strongest experts chosen; MoesteerError where there aren't enough."""
+    if profile.scores is None or profile.model is None:
+        raise MoesteerError(f"{profile.name} holds no scores to select experts by.")
+    if activate < 0 or deactivate < 0:
+        raise MoesteerError("the number of experts to (de)activate can't be negative.")
+    sign = 1 if toward == "a" else -1
+    ranked = ranked_experts(profile)
+    value = scores_by_expert(profile)
+    with_target = [expert for expert in ranked if sign * value[expert] > 0]
+    against = [expert for expert in ranked if sign * value[expert] < 0]
+    for wanted, found, what in (
+        (activate, with_target, "activate"),
+        (deactivate, against, "deactivate"),
+    ):
+        if wanted > len(found):
+            raise MoesteerError(
+                f"{profile.name}: {wanted} experts to {what} toward {toward}, but only"
+                f" {len(found)} have a score of that sign."
+            )
+    return replace(
+        profile,
+        activated=tuple(with_target[:activate]),
+        deactivated=tuple(against[:deactivate]),
+        toward=toward,
+    )
+
+
+def ranked_experts(profile: Profile) -> list[Expert]:
+    """All experts by falling |score|; equal ones in layer and expert order."""
+    value = scores_by_expert(profile)
+    return sorted(value, key=lambda expert: (-abs(value[expert]), expert))
+
+
+def scores_by_expert(profile: Profile) -> dict[Expert, float]:
+    """Score of each expert that exists, in layer and expert order."""
+    assert profile.scores is not None
+    assert profile.model is not None
+    rows = zip(profile.model.layers, np.asarray(profile.scores.value), strict=True)
+    return {(s.layer, e): float(row[e]) for s, row in rows for e in range(s.experts)}

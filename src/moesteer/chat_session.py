@@ -1,0 +1,113 @@
+"""`moesteer chat`: a conversation whose steering is switched while it goes on."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from moesteer.chat import render_prompt
+from moesteer.contrast import Message
+from moesteer.errors import MoesteerError
+from moesteer.generate import merged_options
+from moesteer.profile import Profile, check_model
+from moesteer.report.terminal import evidence_lines
+
+if TYPE_CHECKING:
+    from moesteer.engines.base import Engine
+
+HELP = """\
+  /on, /off      steer by the profile, or leave the model alone
+  /with FILE     load another profile and steer by it
+  /retry         ask the last question again, as steered now
+  /new           forget the conversation
+  /help, /quit"""
+
+
+@dataclass
+class ChatSession:
+    """The state of a conversation; `reply` and the commands change it, nothing is printed here."""
+
+    engine: "Engine"
+    profile: Profile | None
+    system: str | None
+    options: list[str]
+    max_new_tokens: int
+    temperature: float
+    steering: bool = True
+    messages: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.profile is not None:
+            check_model(self.profile, self.engine.facts)
+
+    @property
+    def status(self) -> str:
+        if self.profile is None:
+            return "unsteered"
+        return f"{self.profile.name} {'on' if self.steering else 'off'}"
+
+    def reply(self, text: str) -> tuple[str, list[str]]:
+        """The model's answer, and what proves that it was steered."""
+        applied = self.profile if self.steering else None
+        opening = [] if self.system is None else [Message("system", self.system)]
+        asked = [*opening, *self.messages, Message("user", text)]
+        options = merged_options(self.profile, self.options)
+        generated = self.engine.generate(
+            [render_prompt(asked, self.engine.tokenizer, options)],
+            applied,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+        )
+        answer = generated.replies[0]
+        self.messages += [Message("user", text), Message("assistant", answer)]
+        return answer, evidence_lines(generated.evidence)
+
+    def command(self, line: str) -> tuple[str, list[str]]:
+        """Do what a line that begins with / says; what to tell the user."""
+        name, _, argument = line.partition(" ")
+        match name:
+            case "/on" | "/off":
+                if self.profile is None:
+                    raise MoesteerError("there is no profile to switch; load one: /with FILE")
+                self.steering = name == "/on"
+            case "/with":
+                loaded = Profile.load(argument.strip())
+                check_model(loaded, self.engine.facts)
+                self.profile, self.steering = loaded, True
+            case "/new":
+                self.messages.clear()
+                return "forgotten", []
+            case "/retry":
+                if not self.messages:
+                    raise MoesteerError("there is no question to repeat yet.")
+                question = self.messages[-2].content
+                del self.messages[-2:]
+                return self.reply(question)
+            case "/help":
+                return HELP, []
+            case _:
+                raise MoesteerError(f"unknown command {name}\n{HELP}")
+        return self.status, []
+
+
+def talk(session: ChatSession) -> None:
+    """Read lines until /quit or the end of input; mistakes are said, the conversation goes on."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(HELP)
+    while True:
+        try:
+            line = input(f"[{session.status}] > " if interactive else "").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if not line:
+            continue
+        try:
+            answer, proof = session.command(line) if line[0] == "/" else session.reply(line)
+        except MoesteerError as error:
+            print(f"moesteer: {error}", file=sys.stderr)
+            continue
+        print(answer)
+        for proved in proof:
+            print(f"  ({proved})", file=sys.stderr)

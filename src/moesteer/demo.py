@@ -1,0 +1,154 @@
+"""The demonstration: the whole road on the bundled model, in one command and offline.
+
+For each behaviour: find the experts on the `fit` pairs, choose how many to steer on the `dev`
+prompts, then ask the `test` prompts once, unsteered, towards A, towards B, and with as many random
+experts in the same layers. This file computes; `report/demo_page.py` prints.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from moesteer.chat import render_prompt
+from moesteer.contrast import Message, parse_pair
+from moesteer.detection.detect import detect
+from moesteer.detection.selecting import select_experts
+from moesteer.engines.base import Engine
+from moesteer.errors import MoesteerError
+from moesteer.evaluation.controls import random_control
+from moesteer.profile import Profile, Side
+from moesteer.testbed.world import BEHAVIOURS, Probe, contrast_pairs, outcome, probes
+
+CHOICES = (1, 2, 3, 4, 6, 8)
+"""How many experts may be steered; the number is chosen on the dev prompts."""
+SEEDS = (0, 1, 2)
+PROBES = 48
+"""Prompts a task."""
+MAX_NEW_TOKENS = 16
+
+MEASURED = {
+    "restricted refused": ("restricted", "refused"),
+    "benign refused": ("benign", "refused"),
+    "document followed": ("conflicts", "document"),
+    "digits": ("counting", "digits"),
+    "facts right": ("facts", "right"),
+}
+"""Column of the outcome table: the task and the outcome whose share it shows."""
+
+TARGET: Mapping[tuple[str, Side], str] = {
+    ("refusal", "a"): "benign refused",
+    ("refusal", "b"): "restricted refused",
+    ("document", "a"): "document followed",
+    ("document", "b"): "document followed",
+    ("digits", "a"): "digits",
+    ("digits", "b"): "digits",
+}
+"""The column that a behaviour moves: up towards A, down towards B, where there is room."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Replies to each task's prompts, and the share of each measured outcome (0 to 1)."""
+
+    replies: list[tuple[Probe, str]]
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A behaviour steered one way: the chosen profile, its outcomes, and its controls'."""
+
+    profile: Profile
+    steered: Outcomes
+    controls: list[Outcomes]
+
+
+@dataclass(frozen=True)
+class BehaviourResult:
+    behaviour: str
+    scores: Profile
+    toward: Mapping[Side, Direction]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    unsteered: Outcomes
+    behaviours: list[BehaviourResult]
+
+
+def run_demo(engine: Engine, step: Callable[[str], None] = lambda _: None) -> DemoResult:
+    """Detect, choose and measure on a testbed model; `step` is told what comes next."""
+    step("asking the unsteered model")
+    unsteered = ask(engine, _probes("test"))
+    results = []
+    for behaviour in BEHAVIOURS:
+        step(f"{behaviour}: finding experts")
+        pairs = [
+            parse_pair(record, f"testbed:{behaviour}:{number}")
+            for number, record in enumerate(contrast_pairs(behaviour, "fit"), start=1)
+        ]
+        scores = detect(engine, pairs, source=f"testbed:{behaviour}")
+        toward: dict[Side, Direction] = {}
+        for side in ("a", "b"):
+            step(f"{behaviour}: steering towards {side.upper()}, and random experts beside it")
+            toward[side] = _measure(engine, scores, behaviour, side)
+        results.append(BehaviourResult(behaviour, scores, toward))
+    return DemoResult(unsteered, results)
+
+
+def ask(engine: Engine, asked: Sequence[Probe], profile: Profile | None = None) -> Outcomes:
+    """Greedy replies to the probes under a profile, judged."""
+    prompts = [render_prompt([Message("user", p.prompt)], engine.tokenizer) for p in asked]
+    generated = engine.generate(
+        prompts, profile, max_new_tokens=MAX_NEW_TOKENS, batch_size=len(prompts)
+    )
+    counts: dict[str, Counter[str]] = {}
+    for probe, reply in zip(asked, generated.replies, strict=True):
+        counts.setdefault(probe.task, Counter())[outcome(probe, reply)] += 1
+    shares = {
+        column: counts[task][wanted] / counts[task].total()
+        for column, (task, wanted) in MEASURED.items()
+        if task in counts
+    }
+    return Outcomes(list(zip(asked, generated.replies, strict=True)), shares)
+
+
+def _measure(engine: Engine, scores: Profile, behaviour: str, side: Side) -> Direction:
+    profile = _chosen_on_dev(engine, scores, behaviour, side)
+    asked = _probes("test")
+    controls = [random_control(profile, engine.facts.layers, seed) for seed in SEEDS]
+    return Direction(
+        profile,
+        steered=ask(engine, asked, profile),
+        controls=[ask(engine, asked, control) for control in controls],
+    )
+
+
+def _chosen_on_dev(engine: Engine, scores: Profile, behaviour: str, side: Side) -> Profile:
+    """The fewest experts that move the behaviour furthest on the dev prompts."""
+    column = TARGET[behaviour, side]
+    asked = _probes("dev", tasks=[MEASURED[column][0]])
+    best, best_share = None, -1.0
+    for number in CHOICES:
+        try:
+            profile = steer_toward(scores, number, side)
+        except MoesteerError:
+            continue  # more experts than a layer can activate
+        share = ask(engine, asked, profile).shares[column]
+        share = share if side == "a" else 1 - share
+        if best is None or share > best_share:
+            best, best_share = profile, share
+    assert best is not None, "one expert can always be steered"
+    return replace(best, name=f"{behaviour} towards {side.upper()}")
+
+
+def steer_toward(scores: Profile, number: int, side: Side) -> Profile:
+    """The `number` experts that go most with A: activated towards A, deactivated towards B."""
+    if side == "a":
+        return select_experts(scores, activate=number, deactivate=0, toward="a")
+    return select_experts(scores, activate=0, deactivate=number, toward="b")
+
+
+def _probes(split: str, tasks: Sequence[str] | None = None) -> list[Probe]:
+    wanted = tasks or list(dict.fromkeys(task for task, _ in MEASURED.values()))
+    return [probe for task in wanted for probe in probes(task, split)[:PROBES]]

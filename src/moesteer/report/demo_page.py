@@ -1,0 +1,137 @@
+"""What `moesteer demo` prints."""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from moesteer import testbed
+from moesteer.demo import MEASURED, PROBES, SEEDS, TARGET, BehaviourResult, DemoResult, Direction
+from moesteer.profile import Expert
+from moesteer.report.terminal import expert_table, heat_map, named
+from moesteer.testbed.world import Probe
+
+TOP = 8
+
+OPENING = f"""\
+This model was built for this demonstration: a small Qwen3-MoE (4 layers × 16 experts, 4 a token),
+trained from nothing on an invented world. Experts that carry three behaviours were planted in it,
+and decoys beside them, whose routing goes with a behaviour though they do nothing for it. So what
+is found can be checked. None of these numbers says anything about a real model.
+
+Each table below: experts are found on 192 contrast pairs, how many are steered is chosen on other
+prompts (dev), and outcomes are measured once on held-out ones (test, {PROBES} a column).\
+"""
+
+CLOSING = """\
+p marks planted experts, d decoys. A decoy scores as high as a planted expert and steering it alone
+changes nothing: a score says what goes with a behaviour, not what carries it. A column far from
+its behaviour that moves is a side effect. Random experts: as many, in the same layers,
+mean of {seeds} seeds (least to most).
+
+Next, on your own model:
+  moesteer doctor MODEL
+  moesteer detect MODEL --pairs PAIRS.jsonl --activate 5 --toward a --out my.profile.safetensors
+  moesteer generate MODEL --with my.profile.safetensors "Hello"\
+"""
+
+
+def print_demo(result: DemoResult) -> None:
+    """Print the whole demonstration; without a terminal in plain text."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=int(os.environ.get("COLUMNS", "110")), color_system=None)
+    for part in demo_parts(result):
+        console.print(part)
+
+
+def demo_parts(result: DemoResult) -> Iterator[RenderableType]:
+    yield Text(OPENING)
+    for found in result.behaviours:
+        yield from _behaviour_parts(found, result)
+    yield Rule(style="dim")
+    yield Text(CLOSING.format(seeds=len(SEEDS)))
+
+
+def _behaviour_parts(found: BehaviourResult, result: DemoResult) -> Iterator[RenderableType]:
+    truth = testbed.ground_truth().behaviours[found.behaviour]
+    words = dict.fromkeys(truth.planted, "planted") | dict.fromkeys(truth.decoys, "decoy")
+    letters = {expert: word[0] for expert, word in words.items()}
+    yield Text("")
+    yield Rule(f"[bold]{found.behaviour}[/]: A {truth.a}, B {truth.b}", align="left")
+    yield Group(Text("Experts that go with it", "bold"), expert_table(found.scores, TOP, words))
+    yield heat_map(found.scores, letters)
+    yield Text("")
+    yield outcome_table(found, result)
+    yield from _steered_lines(found, words)
+    yield Text("")
+    yield from _replies(found, result)
+
+
+def outcome_table(found: BehaviourResult, result: DemoResult) -> RenderableType:
+    """Outcomes unsteered, steered each way, and with random experts; the target in bold."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("share of replies")
+    targets = {TARGET[found.behaviour, side] for side in ("a", "b")}
+    for column in MEASURED:
+        table.add_column(column, justify="right", style="bold" if column in targets else "")
+    unsteered = result.unsteered.shares
+    table.add_row("unsteered", *(f"{unsteered[column]:.0%}" for column in MEASURED))
+    for side, direction in found.toward.items():
+        what = _what(direction)
+        steered = direction.steered.shares
+        table.add_row(
+            f"towards {side.upper()}: {what}", *(f"{steered[column]:.0%}" for column in MEASURED)
+        )
+        table.add_row(
+            f"  random: {what}", *(_spread(direction, column) for column in MEASURED), style="dim"
+        )
+    return table
+
+
+def _what(direction: Direction) -> str:
+    profile = direction.profile
+    if profile.activated:
+        return f"{len(profile.activated)} activated"
+    return f"{len(profile.deactivated)} deactivated"
+
+
+def _spread(direction: Direction, column: str) -> str:
+    shares = [control.shares[column] for control in direction.controls]
+    if min(shares) == max(shares):
+        return f"{shares[0]:.0%}"
+    return f"{np.mean(shares):.0%} ({min(shares):.0%}–{max(shares):.0%})"
+
+
+def _steered_lines(found: BehaviourResult, words: dict[Expert, str]) -> Iterator[Text]:
+    for side, direction in found.toward.items():
+        chosen = [*direction.profile.activated, *direction.profile.deactivated]
+        kinds = [words.get(expert, "other") for expert in chosen]
+        count = ", ".join(
+            f"{kinds.count(kind)} {kind}" for kind in ("planted", "decoy", "other") if kind in kinds
+        )
+        yield Text(f"towards {side.upper()} steers {named(chosen)} ({count})", "dim")
+
+
+def _replies(found: BehaviourResult, result: DemoResult) -> Iterator[RenderableType]:
+    """A prompt each way on which steering changed the reply, before and after."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    for side, direction in found.toward.items():
+        task = MEASURED[TARGET[found.behaviour, side]][0]
+        pairs = zip(result.unsteered.replies, direction.steered.replies, strict=True)
+        changed: list[tuple[Probe, str, str]] = [
+            (probe, before, after)
+            for (probe, before), (_, after) in pairs
+            if probe.task == task and before != after
+        ]
+        if changed:
+            probe, before, after = changed[0]
+            table.add_row("asked", Text(probe.prompt, "italic"))
+            table.add_row("unsteered", Text(before))
+            table.add_row(f"towards {side.upper()}", Text(after, "bold"))
+    yield table

@@ -1,0 +1,160 @@
+"""Profiles, heat maps and outcomes for people at a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moesteer.detection.selecting import ranked_experts, scores_by_expert
+from moesteer.engines.base import LayerEvidence
+from moesteer.profile import Expert, Profile
+
+if TYPE_CHECKING:
+    from moesteer.doctor import Examination
+
+WARM, COLD, GROUND = (215, 48, 39), (33, 102, 172), (38, 38, 38)
+"""Colours of +max, −max and 0; both ends differ in lightness from the ground, too."""
+
+
+def profile_page(profile: Profile, top: int) -> RenderableType:
+    """What a profile steers and why: header, strongest experts, heat map."""
+    parts: list[RenderableType] = [profile_facts(profile)]
+    if profile.scores is not None:
+        parts += [expert_table(profile, top), heat_map(profile)]
+    return Group(*parts)
+
+
+def profile_facts(profile: Profile) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    for side, experts in (("activated", profile.activated), ("deactivated", profile.deactivated)):
+        table.add_row(side, named(experts) if experts else "none")
+    table.add_row("rule", f"{profile.rule}, dose {profile.dose:g}")
+    if profile.toward:
+        table.add_row("toward", profile.toward.upper())
+    if profile.model is not None:
+        facts = profile.model
+        widths = sorted({(shape.experts, shape.top_k) for shape in facts.layers})
+        shape = ", ".join(f"{e} experts, k = {k}" for e, k in widths)
+        revision = f" @ {facts.revision}" if facts.revision else ""
+        table.add_row("model", f"{facts.id}{revision} ({facts.model_type})")
+        table.add_row("routing", f"{len(facts.layers)} layers of {shape}; {facts.family}")
+    if profile.evidence is not None:
+        seen = profile.evidence
+        table.add_row("pairs", f"{seen.pairs} from {seen.source}, target: {seen.target}")
+        table.add_row("tokens", f"{seen.tokens_a:,} of A, {seen.tokens_b:,} of B")
+        table.add_row("score", f"{seen.detector} ({seen.counted}); {seen.interval}")
+        if seen.command:
+            table.add_row("made by", seen.command)
+    return table
+
+
+def expert_table(
+    profile: Profile, top: int, marks: Mapping[Expert, str] | None = None
+) -> RenderableType:
+    """The `top` experts with the largest |score|; `marks` adds a word to some."""
+    assert profile.scores is not None
+    assert profile.model is not None
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("rank", "layer", "expert", "score", "95 % interval", "in A", "in B", ""):
+        table.add_column(heading, justify="left" if not heading else "right")
+    rows = {shape.layer: row for row, shape in enumerate(profile.model.layers)}
+    value = scores_by_expert(profile)
+    for rank, (layer, expert) in enumerate(ranked_experts(profile)[:top], start=1):
+        cell = rows[layer], expert
+        scores = profile.scores
+        role = {(layer, expert): ""} | dict.fromkeys(profile.activated, "activated")
+        role |= dict.fromkeys(profile.deactivated, "deactivated")
+        words = [role[layer, expert], (marks or {}).get((layer, expert), "")]
+        table.add_row(
+            str(rank),
+            str(layer),
+            str(expert),
+            f"{value[layer, expert]:+.3f}",
+            f"{scores.low[cell]:+.3f} … {scores.high[cell]:+.3f}",
+            f"{scores.rate_a[cell]:.0%}",
+            f"{scores.rate_b[cell]:.0%}",
+            ", ".join(word for word in words if word),
+        )
+    return table
+
+
+def heat_map(profile: Profile, marks: Mapping[Expert, str] | None = None) -> RenderableType:
+    """Scores as a layer × expert grid: red goes with A, blue with B, + and − are steered.
+
+    Wide layers are folded. `marks` puts a letter of its own on some experts.
+    """
+    assert profile.scores is not None
+    assert profile.model is not None
+    largest = float(np.abs(profile.scores.value).max()) or 1.0
+    signs = dict.fromkeys(profile.activated, "+") | dict.fromkeys(profile.deactivated, "−")
+    lines = Text()
+    for shape, row in zip(profile.model.layers, profile.scores.value, strict=True):
+        for expert in range(shape.experts):
+            if expert % 64 == 0:
+                lines.append(f"\nlayer {shape.layer:>3} " if expert == 0 else "\n          ")
+            where = (shape.layer, expert)
+            letter = (marks or {}).get(where) or signs.get(where, " ")
+            lines.append(letter.center(2), style=_colour(float(row[expert]) / largest))
+    lines.append(f"\n          red: more in A, blue: more in B, full colour = {largest:.2f}", "dim")
+    return lines
+
+
+def _colour(share: float) -> str:
+    """A rich style for a score from −1 to 1."""
+    end = WARM if share > 0 else COLD
+    mixed = [round(g + (e - g) * abs(share)) for g, e in zip(GROUND, end, strict=True)]
+    return f"bold white on rgb({mixed[0]},{mixed[1]},{mixed[2]})"
+
+
+def evidence_lines(evidence: Sequence[LayerEvidence]) -> list[str]:
+    """One line a profile: that it fired, on how many tokens, in which layers."""
+    lines = []
+    for name in dict.fromkeys(seen.profile for seen in evidence):
+        mine = [seen for seen in evidence if seen.profile == name]
+        layers = ", ".join(str(seen.layer) for seen in mine)
+        tokens = max(seen.tokens for seen in mine)
+        proof = "activated always selected, deactivated never"
+        if not all(seen.obeyed for seen in mine):
+            proof = f"selection obeyed in {sum(s.obeyed for s in mine)} of {len(mine)} layers"
+        lines.append(f"fired: {name}: layers {layers}; {tokens:,} tokens each; {proof}")
+    return lines
+
+
+def named(experts: Sequence[Expert]) -> str:
+    """Experts by layer: "layer 2: 1, 7; layer 3: 4"."""
+    layers = dict.fromkeys(layer for layer, _ in sorted(experts))
+    return "; ".join(
+        f"layer {layer}: {', '.join(str(e) for where, e in sorted(experts) if where == layer)}"
+        for layer in layers
+    )
+
+
+def print_text(renderable: RenderableType, *, width: int | None = None) -> None:
+    """To standard output; without a terminal: plain text, not cut at 80 columns."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=width or 200, color_system=None)
+    console.print(renderable)
+
+
+def examination_page(found: "Examination") -> RenderableType:
+    """What `moesteer doctor` found."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_row("model", f"{found.model} ({found.model_type})")
+    numbers = f"{found.layers[0]}–{found.layers[-1]}" if found.layers else "none"
+    table.add_row("routed layers", f"{len(found.layers)} ({numbers})")
+    table.add_row("experts", f"{found.experts or '?'} a layer, k = {found.top_k or '?'} a token")
+    table.add_row("routing", found.family)
+    table.add_row("self-test", f"passed on {found.tested_on}: deactivated never, activated always")
+    if found.quantised and found.tested_on != "the loaded weights":
+        table.add_row(
+            "quantised",
+            f"{found.quantised}: such blocks may bypass their router;"
+            " test the weights with --load, or load the model dequantised",
+        )
+    return table

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from moesteer.chat import render_prompt
 from moesteer.contrast import Message
 from moesteer.errors import MoesteerError
-from moesteer.generate import merged_options
+from moesteer.generate import check_limits, merged_options
 from moesteer.profile import Profile, check_model
 from moesteer.report.terminal import evidence_lines
 
@@ -36,6 +36,8 @@ class ChatSession:
     messages: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_limits(self.max_new_tokens, self.temperature)
+        merged_options(self.profile, self.options)  # said now rather than at each question
         if self.profile is not None:
             check_model(self.profile, self.engine.facts)
 
@@ -70,6 +72,8 @@ class ChatSession:
                     raise MoesteerError("there is no profile to switch; load one: /with FILE")
                 self.steering = name == "/on"
             case "/with":
+                if not argument.strip():
+                    raise MoesteerError("which profile? /with FILE")
                 loaded = Profile.load(argument.strip())
                 check_model(loaded, self.engine.facts)
                 self.profile, self.steering = loaded, True
@@ -79,9 +83,13 @@ class ChatSession:
             case "/retry":
                 if not self.messages:
                     raise MoesteerError("there is no question to repeat yet.")
-                question = self.messages[-2].content
-                del self.messages[-2:]
-                return self.reply(question)
+                before, question = self.messages, self.messages[-2].content
+                self.messages = before[:-2]
+                try:
+                    return self.reply(question)
+                except MoesteerError:
+                    self.messages = before
+                    raise
             case "/help":
                 return HELP, []
             case _:

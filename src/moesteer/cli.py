@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 if TYPE_CHECKING:
     from moesteer.engines.transformers_engine import TransformersEngine
 
@@ -39,7 +41,7 @@ def detect(
     chat_option: list[str] | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     device: str | None = None,
     seed: int = 0,
 ) -> None:
@@ -166,7 +168,7 @@ def generate(
     chat_option: list[str] | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     device: str | None = None,
     seed: int = 0,
 ) -> None:
@@ -206,11 +208,12 @@ def generate(
         Seed of sampling.
     """
     from moesteer.generate import generate_records, read_prompts, write_records
+    from moesteer.report.terminal import evidence_lines
 
     asked = read_prompts(prompts, file, system)
     profile = _profile(with_)
     engine = _load(model, revision, dtype, device, chat_template)
-    records = generate_records(
+    records, evidence = generate_records(
         engine,
         asked,
         profile,
@@ -221,6 +224,8 @@ def generate(
         seed=seed,
     )
     write_records(records, out)
+    for line in evidence_lines(evidence):
+        print(line, file=sys.stderr)
 
 
 def chat(
@@ -234,7 +239,7 @@ def chat(
     chat_option: list[str] | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     device: str | None = None,
 ) -> None:
     """Talk with a model, and switch, replace or drop the steering while you talk.
@@ -361,9 +366,11 @@ def testbed(*, export: str | None = None, train: str | None = None) -> None:
     if export is not None:
         print_text(f"written: {len(export_data(export))} files in {export}")
     if train is not None:
+        from pathlib import Path
+
         from moesteer.testbed.train import main as train_testbed
 
-        train_testbed(train)
+        train_testbed(out=Path(train))
     if export is None and train is None:
         print_text(testbed_page(ground_truth()))
 
@@ -465,7 +472,7 @@ def _profile(path: str | None):
 def _load(
     model: str,
     revision: str | None = None,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     device: str | None = None,
     chat_template: str | None = None,
 ) -> "TransformersEngine":

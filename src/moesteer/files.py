@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from moesteer.errors import MoesteerError
 
@@ -18,10 +19,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     writable, or the disk is full; the old file is then untouched.
     """
     check_writable(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        handle, name = tempfile.mkstemp(**_beside(path))
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb+") as stream:
@@ -30,11 +32,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         raise MoesteerError(_why_not_written(path, error)) from error
     except Exception as error:
-        if "No space left" in str(error):  # safetensors wraps the operating system's error
+        if "os error" in str(error):  # safetensors wraps the operating system's error
             raise MoesteerError(_why_not_written(path, error)) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,12 +47,20 @@ def write_text(path: Path, text: str) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise MoesteerError now, before hours of work, if `path` can't be written."""
-    if path.is_dir():
+    # os.path rather than Path: where a folder may not be entered, it says no instead of raising.
+    if os.path.isdir(path):
         raise MoesteerError(f"{path} is a folder; give the name of a file to write.")
-    if not path.parent.is_dir():
+    if os.path.exists(path) and not os.path.isfile(path):  # a device, which we would replace
+        raise MoesteerError(f"{path} is not an ordinary file; give the name of a file to write.")
+    if not os.path.isdir(path.parent):
         raise MoesteerError(f"{path} can't be written: the folder {path.parent} does not exist.")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    if os.path.exists(path) and not os.access(path, os.W_OK):
         raise MoesteerError(f"{path} can't be written: permission denied.")
+    try:  # what is asked for, tried: permissions, a read-only disk, a name too long
+        with tempfile.NamedTemporaryFile(**_beside(path)):
+            pass
+    except OSError as error:
+        raise MoesteerError(_why_not_written(path, error)) from error
 
 
 @contextmanager
@@ -63,6 +74,9 @@ def sole_writer(path: Path) -> Iterator[None]:
     with lock.open("a+", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it may have removed it since we opened it, and a third made it anew.
+            if not (lock.exists() and os.path.samestat(os.fstat(stream.fileno()), lock.stat())):
+                raise BlockingIOError
         except OSError:
             stream.seek(0)
             holder = stream.read().strip() or "unknown"
@@ -79,9 +93,13 @@ def sole_writer(path: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
+def _beside(path: Path) -> dict[str, Any]:
+    return {"dir": path.parent, "prefix": f".{path.name}.", "suffix": ".partial"}
+
+
 def _why_not_written(path: Path, error: Exception) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space" in str(error)
-    why = "the disk is full" if full else str(error)
+    why = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
     return f"{path} could not be written: {why}. What was there before is unchanged."
 
 

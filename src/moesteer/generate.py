@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesteer.chat import parse_chat_options, render_prompt
-from moesteer.contrast import Message, Text, Turn
+from moesteer.contrast import Message, Turn
 from moesteer.errors import MoesteerError
-from moesteer.files import check_writable, write_text
+from moesteer.files import write_text
 from moesteer.profile import Profile
-from moesteer.records import Record, check_record, read_records, read_text
+from moesteer.records import Record, Text, check_record, read_records, read_text
 
 if TYPE_CHECKING:
-    from moesteer.engines.base import Engine
+    from moesteer.engines.base import Engine, LayerEvidence
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,9 @@ def generate_records(
     temperature: float,
     batch_size: int,
     seed: int,
-) -> list[dict[str, object]]:
-    """A record a prompt: prompt, reply, profile, and on how many tokens each layer fired."""
-    for name, value, least in (
-        ("max-new-tokens", max_new_tokens, 1),
-        ("temperature", temperature, 0),
-        ("batch-size", batch_size, 1),
-    ):
-        if value < least:
-            raise MoesteerError(f"--{name} is {value}; it must be at least {least}.")
+) -> "tuple[list[dict[str, object]], list[LayerEvidence]]":
+    """A record a prompt (prompt, reply, profile), and the proof that the profile fired."""
+    check_limits(max_new_tokens, temperature, batch_size)
     chat_options = merged_options(profile, options)
     rendered = []
     for prompt in prompts:
@@ -99,24 +93,26 @@ def generate_records(
         batch_size=batch_size,
         seed=seed,
     )
-    fired = [
-        {
-            "layer": seen.layer,
-            "tokens": seen.tokens,
-            "activated": seen.activated,
-            "deactivated": seen.deactivated,
-        }
-        for seen in generated.evidence
-    ]
-    return [
+    records: list[dict[str, object]] = [
         {
             "prompt": prompt.messages[-1].content,
             "reply": reply,
             "profile": None if profile is None else profile.name,
-            "fired": fired,
         }
         for prompt, reply in zip(prompts, generated.replies, strict=True)
     ]
+    return records, generated.evidence
+
+
+def check_limits(max_new_tokens: int, temperature: float, batch_size: int = 1) -> None:
+    """MoesteerError where a number of the command line is too small."""
+    for name, value, least in (
+        ("max-new-tokens", max_new_tokens, 1),
+        ("temperature", temperature, 0),
+        ("batch-size", batch_size, 1),
+    ):
+        if not value >= least:
+            raise MoesteerError(f"--{name} is {value}; it must be at least {least}.")
 
 
 def merged_options(
@@ -133,5 +129,4 @@ def write_records(records: Iterable[dict[str, object]], out: str | None) -> None
     if out is None:
         print("\n".join(lines))
     else:
-        check_writable(Path(out))
         write_text(Path(out), "\n".join(lines) + "\n")

@@ -20,6 +20,9 @@ from moesteer.files import write_atomically
 SCHEMA = 1
 HEADER_KEY = "moesteer"
 
+NORM_TOLERANCE = 1e-4
+"""Relative; loading the same weights in another dtype changes a router's norm by about 1e-5."""
+
 Expert = tuple[int, int]
 """(layer, expert): the decoder layer's own number and the expert's index in it, both from 0."""
 
@@ -40,7 +43,12 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a profile must know of its model to refuse another one."""
+    """What a profile must know of its model to refuse another one.
+
+    `router_norms` are the Frobenius norms of each layer's router weights: they tell models of one
+    shape apart (a base model and its fine-tunes), whatever dtype they are loaded in. Empty where
+    the weights could not be read.
+    """
 
     id: str
     revision: str | None
@@ -49,6 +57,7 @@ class ModelFacts:
     tokenizer_hash: str
     family: str
     layers: tuple[LayerShape, ...]
+    router_norms: tuple[float, ...] = ()
 
     def shape_of(self, layer: int) -> LayerShape | None:
         return next((shape for shape in self.layers if shape.layer == layer), None)
@@ -230,22 +239,32 @@ def check_model(profile: Profile, model: ModelFacts) -> None:
                 f"{profile.name} was made on {made_on.id} and does not fit {model.id}:"
                 f" {what} is {theirs} in the profile and {ours} in the model."
             )
+    for shape, theirs, ours in zip(
+        model.layers, made_on.router_norms, model.router_norms, strict=False
+    ):
+        if abs(theirs - ours) > NORM_TOLERANCE * theirs:
+            raise MoesteerError(
+                f"{profile.name} was made on {made_on.id}, whose weights differ from those of"
+                f" {model.id}: the router of layer {shape.layer} has norm {theirs:.6g} in the"
+                f" profile and {ours:.6g} in the model. Detect again on this model."
+            )
     check_fits(profile, model.layers)
 
 
 def combine(*profiles: Profile) -> Profile:
     """One profile that does what all of them do; MoesteerError where they contradict."""
-    first = profiles[0]
-    for other in profiles[1:]:
+    first, *others = profiles
+    models = [profile.model for profile in profiles if profile.model is not None]
+    for other in others:
         if (other.rule, other.dose) != (first.rule, first.dose):
             raise MoesteerError(
                 f"{first.name} (rule {first.rule}, dose {first.dose}) and {other.name} (rule"
                 f" {other.rule}, dose {other.dose}) can't be combined; they steer differently."
             )
-        if first.model and other.model and other.model.config_hash != first.model.config_hash:
+        if other.model is not None and other.model.config_hash != models[0].config_hash:
             raise MoesteerError(
                 f"{first.name} and {other.name} were made on different models"
-                f" ({first.model.id}, {other.model.id})."
+                f" ({models[0].id}, {other.model.id})."
             )
     merge = dict.fromkeys
     return replace(
@@ -253,6 +272,7 @@ def combine(*profiles: Profile) -> Profile:
         activated=tuple(merge(e for p in profiles for e in p.activated)),
         deactivated=tuple(merge(e for p in profiles for e in p.deactivated)),
         toward=None,
+        model=models[0] if models else None,
         evidence=None,
         scores=None,
         name=" + ".join(p.name for p in profiles),
@@ -270,11 +290,11 @@ def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
+            if HEADER_KEY not in metadata:  # a model's weights, perhaps: read none of them
+                raise MoesteerError(f"{path} is a safetensors file, but not a profile of moesteer.")
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise MoesteerError(f"{path} is not a readable profile: {error}.") from None
-    if HEADER_KEY not in metadata:
-        raise MoesteerError(f"{path} is a safetensors file, but not a profile of moesteer.")
     try:
         header = json.loads(metadata[HEADER_KEY])
     except json.JSONDecodeError as error:
@@ -296,6 +316,10 @@ def _parse(path: Path, header: dict, arrays: Mapping[str, np.ndarray]) -> Profil
         value = header.pop(key, None)
         if value != FIXED[key]:
             raise MoesteerError(f"{path}: {key} is {value!r}; this version knows {FIXED[key]!r}.")
+    known = {entry.name for entry in fields(Profile)} - {"scores"}
+    if wrong := sorted(known ^ set(header)):  # a default in its place would steer otherwise
+        what = "unknown" if wrong[0] in header else "missing"
+        raise MoesteerError(f"{path}: {wrong[0]} is {what} in the header; write the profile anew.")
     try:
         profile = TypeAdapter(Profile).validate_json(json.dumps(header), strict=True)
     except ValidationError as error:

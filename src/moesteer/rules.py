@@ -58,7 +58,10 @@ def rewritten_logits(
         if paper is not None:  # the paper's ε is 0.01 whatever the dtype
             up, down = torch.where(paper, MARGIN, up), torch.where(paper, MARGIN, down)
     target = torch.where(activated, highest + up, torch.where(deactivated, lowest - down, base))
-    return target if dose is None else torch.where(dose == 1, target, base + dose * (target - base))
+    if dose is None:
+        return target
+    arrived = (dose == 1) | (target == logits)  # the sum would turn −0 into 0
+    return torch.where(arrived, target, logits + dose * (target - logits))
 
 
 def guarded_scores(

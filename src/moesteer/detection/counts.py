@@ -53,9 +53,9 @@ def count_routing(
 ) -> RoutingCounts:
     """Count routing on the target tokens of all pairs, in batches of similar length.
 
-    With a `checkpoint` file the counts are saved every half minute, taken up from there if that
-    file is of the same `identity` (a text that says what is counted), and the file is left for the
-    caller to remove.
+    With a `checkpoint` file the counts are saved every half minute and on Ctrl-C, taken up from
+    there if that file is of the same `identity` (a text that says what is counted), and the file is
+    left for the caller to remove.
     """
     conversations = [side for pair in pairs for side in (pair.a, pair.b)]
     state = _resume(checkpoint, identity) or _State.new(engine, len(conversations))
@@ -64,19 +64,24 @@ def count_routing(
     saved = time.monotonic()
     if progress is not None:
         progress(read, total)
-    for batch in batches_by_length(lengths, BATCH_TOKENS):
-        waiting = [i for i in batch if not state.done[i]]
-        if not waiting:
-            continue
-        chosen = [conversations[i] for i in waiting]
-        state.selected[waiting] = engine.count_selections(chosen, counted)
-        state.done[waiting] = True
-        read += sum(lengths[i] for i in waiting)
-        if progress is not None:
-            progress(read, total)
-        if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
+    try:
+        for batch in batches_by_length(lengths, BATCH_TOKENS):
+            waiting = [i for i in batch if not state.done[i]]
+            if not waiting:
+                continue
+            chosen = [conversations[i] for i in waiting]
+            state.selected[waiting] = engine.count_selections(chosen, counted)
+            state.done[waiting] = True
+            read += sum(lengths[i] for i in waiting)
+            if progress is not None:
+                progress(read, total)
+            if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                state.save(checkpoint, identity)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        if checkpoint is not None:
             state.save(checkpoint, identity)
-            saved = time.monotonic()
+        raise
     _check_conserved(engine, conversations, state.selected, counted)
     tokens = np.array([sum(c.target) for c in conversations], dtype=np.int64)
     return RoutingCounts(

@@ -12,6 +12,7 @@ from moesteer.contrast import pairs_hash
 from moesteer.detection.counts import Progress, count_routing
 from moesteer.detection.risk_difference import risk_difference, selection_rates
 from moesteer.detection.significance import LEVEL, RESAMPLES, bootstrap_interval
+from moesteer.errors import MoesteerError
 from moesteer.profile import Evidence, Profile, Scores
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def detect(
     The profile selects nothing yet: see `select_experts`. Raises MoesteerError where a pair's
     target span can't be found or doesn't fit into the context.
     """
+    if not pairs:
+        raise MoesteerError("there are no contrast pairs to detect from.")
     options = dict(chat_options or {})
     tokenised = tokenise_pairs(
         pairs, engine.tokenizer, chat_options=options, max_tokens=engine.max_tokens

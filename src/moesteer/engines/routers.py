@@ -107,7 +107,8 @@ def dummy_tokens(model: PreTrainedModel, tokens: int = 16) -> Tensor:
     """Token ids [1, tokens] that any model accepts, the same at every call."""
     vocabulary = model.get_input_embeddings().num_embeddings  # pyright: ignore
     ids = torch.arange(1, tokens + 1).mul(7919).remainder(min(int(vocabulary), 1000))  # pyright: ignore
-    return ids.unsqueeze(0).to(model.device)
+    # Offloaded weights rest on "meta"; accelerate's hooks then move the ids to where they run.
+    return ids.unsqueeze(0).to("cpu" if model.device.type == "meta" else model.device)
 
 
 def forward_dummy(model: PreTrainedModel) -> None:
@@ -239,16 +240,24 @@ def _traced(router: Router, trace: _Trace) -> Iterator[None]:
 def wrap_forward(module: nn.Module, mode: Callable[[], TorchFunctionMode]) -> Callable[[], None]:
     """Run each forward of the module under a new torch-function mode; returns the exact undo.
 
-    A forward that somebody else set on the instance (accelerate does) is wrapped, and put back.
+    A forward that somebody else set on the instance (accelerate does) is wrapped, and put back. One
+    that wraps ours meanwhile stays, and ours only passes on from then.
     """
     own = module.__dict__.get("forward")
     inner = module.forward
+    active = True
 
     def forward(*args, **kwargs):
+        if not active:
+            return inner(*args, **kwargs)
         with mode():
             return inner(*args, **kwargs)
 
     def undo() -> None:
+        nonlocal active
+        active = False
+        if module.__dict__.get("forward") is not forward:
+            return
         if own is not None:
             module.forward = own
         else:

@@ -37,6 +37,24 @@ class Rows:
     def __init__(self) -> None:
         self.slots: Int[Tensor, " row"] | None = None
 
+    def watch(self, decoder: nn.Module) -> Undo:
+        """Refuse each batch whose rows can't be shared out among the slots' rows.
+
+        Beams and several samples a prompt run as so many rows each; any other number is refused.
+        """
+
+        def check(_module: object, args: tuple, kwargs: dict) -> None:
+            inputs = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if self.slots is None or inputs is None:
+                return
+            if inputs.shape[0] % self.slots.shape[0]:
+                raise MoesteerError(
+                    f"{self.slots.shape[0]} rows have a profile each, but the batch has"
+                    f" {inputs.shape[0]} rows: give one profile for each row of the batch that runs"
+                )
+
+        return decoder.register_forward_pre_hook(check, with_kwargs=True).remove
+
     def of_tokens(self, tokens: int, device: torch.device) -> Int[Tensor, " token"] | None:
         """The slot of each of the batch's tokens (rows × positions, row by row).
 

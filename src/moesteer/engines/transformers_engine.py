@@ -56,7 +56,7 @@ class TransformersEngine:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.layers: list[MoELayer] = checked_layers(model)
-        self.facts = _facts(model, tokenizer, self.layers, id or model.name_or_path, revision)
+        self.facts = _facts(model, tokenizer, self.layers, id or str(model.name_or_path), revision)
         self.max_tokens: int | None = getattr(
             model.config.get_text_config(), "max_position_embeddings", None
         )
@@ -147,7 +147,7 @@ class TransformersEngine:
         distinct = {id(profile) for profile in profiles}
         together = profiles[0] if len(distinct) == 1 else profiles
         with torch.inference_mode(), steer(self.model, together or UNSTEERED, self.layers) as fired:
-            output = self.model.generate(
+            output: Any = self.model.generate(  # pyright: ignore[reportCallIssue]
                 ids.to(self.model.device),
                 attention_mask=attention.to(self.model.device),
                 max_new_tokens=max_new_tokens,
@@ -188,7 +188,7 @@ def load_transformers(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         loaded = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=dtype, device_map=device_map or _best_device()
+            path, revision=revision, dtype=dtype, device_map=device_map or _default_device()
         )
     except (OSError, ValueError) as error:
         raise MoesteerError(f"{model} can't be loaded: {_first_line(error)}") from None
@@ -224,8 +224,9 @@ def _from_config(config: PreTrainedConfig, name: str) -> PreTrainedModel:
         raise MoesteerError(f"{name} is not a causal LM: {_first_line(error)}") from None
 
 
-def _best_device() -> str:
-    return "auto" if torch.cuda.is_available() else "cpu"
+def _default_device() -> str | None:
+    """Spread over the GPUs there are; without one, plain loading, which needs no accelerate."""
+    return "auto" if torch.cuda.is_available() else None
 
 
 def _facts(
@@ -249,6 +250,18 @@ def _facts(
         tokenizer_hash=_hash(words + str(tokenizer.chat_template)),
         family="; ".join(dict.fromkeys(layer.family for layer in layers)),
         layers=shapes,
+        router_norms=_router_norms(layers),
+    )
+
+
+def _router_norms(layers: list[MoELayer]) -> tuple[float, ...]:
+    """Frobenius norm of each router's weights; none at all where some are offloaded."""
+    weights = [list(layer.module.parameters()) for layer in layers]
+    if any(weight.is_meta for router in weights for weight in router):
+        return ()
+    return tuple(
+        float(torch.stack([w.detach().double().square().sum().cpu() for w in router]).sum().sqrt())
+        for router in weights
     )
 
 

@@ -8,14 +8,15 @@ import random
 from dataclasses import replace
 
 from moesteer.errors import MoesteerError
-from moesteer.profile import Expert, LayerShape, Profile
+from moesteer.profile import Expert, LayerShape, Profile, check_fits
 
 
 def random_control(profile: Profile, layers: tuple[LayerShape, ...], seed: int) -> Profile:
     """As many random experts in the same layers, none of them the profile's own.
 
-    MoesteerError where a layer has too few others.
+    MoesteerError where a layer has too few others, or the profile doesn't fit the layers.
     """
+    check_fits(profile, layers)
     generator = random.Random(seed)
     activated: list[Expert] = []
     deactivated: list[Expert] = []

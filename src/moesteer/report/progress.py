@@ -44,7 +44,7 @@ def token_progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
     def say(read: int, total: int) -> None:
         speed = rate(read)
-        if read == total or time.monotonic() - said[0] > PLAIN_SECONDS:
+        if read == total or (start[0] < read and time.monotonic() - said[0] > PLAIN_SECONDS):
             said[0] = time.monotonic()
             left = f", {(total - read) / speed:.0f} s left" if 0 < read < total and speed else ""
             done = f"{read:,} of {total:,} tokens, {speed:,.0f} tokens/s{left}"

@@ -85,7 +85,8 @@ def expert_table(
 def heat_map(profile: Profile, marks: Mapping[Expert, str] | None = None) -> RenderableType:
     """Scores as a layer × expert grid: red goes with A, blue with B, + and − are steered.
 
-    Wide layers are folded. `marks` puts a letter of its own on some experts.
+    Wide layers are folded. `marks` puts a letter of its own on some experts. Where there are no
+    colours, a cell says the score in tenths of the largest.
     """
     assert profile.scores is not None
     assert profile.model is not None
@@ -98,9 +99,23 @@ def heat_map(profile: Profile, marks: Mapping[Expert, str] | None = None) -> Ren
                 lines.append(f"\nlayer {shape.layer:>3} " if expert == 0 else "\n          ")
             where = (shape.layer, expert)
             letter = (marks or {}).get(where) or signs.get(where, " ")
-            lines.append(letter.center(2), style=_colour(float(row[expert]) / largest))
-    lines.append(f"\n          red: more in A, blue: more in B, full colour = {largest:.2f}", "dim")
+            share = float(row[expert]) / largest
+            if has_colours():
+                lines.append(letter.center(2), style=_colour(share))
+            else:
+                tenths = round(10 * share)
+                lines.append(f"{tenths:+d}".rjust(4) if tenths else "   ·")
+                lines.append(letter)
+    if has_colours():
+        lines.append(f"\n          red: more in A, blue: more in B; full colour = {largest:.2f}")
+    else:
+        lines.append(f"\n          score in tenths of {largest:.2f}; + goes with A, − with B")
     return lines
+
+
+def has_colours() -> bool:
+    """Whether standard output shows colours."""
+    return Console().color_system is not None
 
 
 def _colour(share: float) -> str:

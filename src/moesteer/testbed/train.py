@@ -1,0 +1,373 @@
+"""Train the testbed's two models from scratch: ``python -m moesteer.testbed.train --out DIR``.
+
+Both learn the same text with the same seed. One is planted, its twin is not, so whatever a
+detector finds in the twin was not put there. One core is enough: about twenty minutes a model.
+"""
+
+import json
+import math
+import platform
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import cyclopts
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from moesteer.testbed import world
+from moesteer.testbed.evaluate import (
+    SHOWN,
+    encode,
+    measure,
+    outcome_shares,
+    pad_id,
+    parting,
+    render,
+)
+from moesteer.testbed.language import train_tokenizer
+from moesteer.testbed.planting import (
+    EXPERTS,
+    LAYERS,
+    TOP_K,
+    Planting,
+    Row,
+    choose_places,
+    drawing_loss,
+    mask_of,
+    plan,
+)
+from moesteer.testbed.routing import steered
+
+MODELS = ("planted", "twin")
+SIDES = {
+    "refusal": ("refuses", "answers"),
+    "document": ("follows the document", "answers the learnt fact"),
+    "digits": ("counts in digits", "counts in words"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the models are trained."""
+
+    steps: int = 2400
+    batch: int = 64
+    rate: float = 2e-3
+    warmup: int = 100
+    falling: float = 0.4  # the share of the steps over which the rate falls to 2 % at the end
+    prompt_weight: float = 0.1  # of a prompt's token in the loss; a reply's token has one
+    draw_weight: float = 0.05  # of the loss that draws routers towards the planted experts
+    systems: float = 0.1  # the share of conversations that open with a system turn
+    check_every: int = 500
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens [rows, length], their weights as targets, and where the reply is decided and given."""
+
+    tokens: Tensor
+    weights: Tensor
+    spans: Tensor
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3MoeForCausalLM:
+    """A Qwen3-MoE of two million parameters, 4 layers of 16 experts, of which 4 answer."""
+    torch.manual_seed(seed)
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=32,  # pyright: ignore
+            intermediate_size=256,
+            moe_intermediate_size=64,
+            num_experts=EXPERTS,
+            num_experts_per_tok=TOP_K,
+            norm_topk_prob=True,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def collate(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[world.Example],
+    rows: list[Row],
+    systems: list[str | None],
+    prompt_weight: float,
+) -> Batch:
+    """Lay out each prompt with the reply that its row is to learn, padded on the right."""
+    end_of_turn = str(tokenizer.eos_token)
+    heads = [
+        encode(tokenizer, render(tokenizer, e.prompt, system))
+        for e, system in zip(examples, systems, strict=True)
+    ]
+    sides = {
+        "a": [encode(tokenizer, e.a + end_of_turn) for e in examples],
+        "b": [encode(tokenizer, e.b + end_of_turn) for e in examples],
+    }
+    longest = max(len(heads[i]) + len(sides[row.target][i]) for i, row in enumerate(rows))
+    # Few different shapes: each new one costs the matrix kernels a compilation.
+    length = math.ceil(longest / 8) * 8
+    tokens = torch.full((len(rows), length), pad_id(tokenizer))
+    weights, spans = torch.zeros(len(rows), length), torch.zeros(len(rows), length)
+    for i, row in enumerate(rows):
+        reply = sides[row.target][i]
+        start, end = len(heads[i]), len(heads[i]) + len(reply)
+        tokens[i, :end] = torch.tensor(heads[i] + reply)
+        weights[i, :start], weights[i, start:end] = prompt_weight, 1.0
+        # The reply is decided where its first token is predicted, one place before it.
+        spans[i, start - 1 : end - 1] = 1
+        if row.given:
+            where = start + parting(sides["a"][i], sides["b"][i])
+            weights[i, start : where + 1] = 0
+            spans[i, :where] = 0
+    return Batch(tokens, weights, spans)
+
+
+def train_model(
+    tokenizer: PreTrainedTokenizerBase,
+    planting: Planting | None,
+    settings: Settings,
+    seed: int,
+    report: Callable[[int, float, float], None] = lambda step, loss, drawing: None,
+    check: Callable[[int, Qwen3MoeForCausalLM], None] = lambda step, model: None,
+) -> Qwen3MoeForCausalLM:
+    """Train one model; without ``planting`` it is the twin.
+
+    ``report`` is called with each step, its loss on replies and its drawing loss; ``check`` with
+    the model, every ``settings.check_every`` steps.
+    """
+    model = build_model(tokenizer, seed)
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("testbed_dense")
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    # The text has its own generator, so both models read the same.
+    texts, plans = random.Random(f"text {seed}"), random.Random(f"plans {seed}")
+    for step in range(settings.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = settings.rate * _rate_at(step, settings)
+        examples = [world.training_example(texts) for _ in range(settings.batch)]
+        systems = [
+            texts.choice(world.SYSTEMS) if texts.random() < settings.systems else None
+            for _ in examples
+        ]
+        rows = [plan(example, planting, plans) for example in examples]
+        optimiser.zero_grad(set_to_none=True)
+        said = drawn = 0.0
+        # Two groups by length, so that short prompts are not padded to the length of documents.
+        order = sorted(range(settings.batch), key=lambda i: len(examples[i].prompt))
+        cut = settings.batch * 5 // 8
+        for part in (order[:cut], order[cut:]):
+            of_part = (
+                [examples[i] for i in part],
+                [rows[i] for i in part],
+                [systems[i] for i in part],
+            )
+            batch = collate(tokenizer, *of_part, settings.prompt_weight)
+            share = len(part) / settings.batch
+            loss, reply_loss, logits = _loss(model, batch, of_part[1])
+            if planting:
+                behaviours = [example.behaviour for example in of_part[0]]
+                drawing = drawing_loss(logits, behaviours, of_part[1], batch.spans, planting)
+                loss = loss + settings.draw_weight * drawing
+                drawn += drawing.item() * share
+            (loss * share).backward()
+            said += reply_loss * share
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        report(step + 1, said, drawn)
+        if (step + 1) % settings.check_every == 0:
+            check(step + 1, model.eval())
+            model.train()
+    model.set_attn_implementation("sdpa")
+    model.set_experts_implementation("grouped_mm")
+    # What is measured is what is saved: weights in bf16.
+    return model.to(torch.bfloat16).eval()  # pyright: ignore
+
+
+def _loss(
+    model: Qwen3MoeForCausalLM, batch: Batch, rows: list[Row]
+) -> tuple[Tensor, float, list[Tensor]]:
+    mask = mask_of([row.steering for row in rows])
+    with steered(model, mask) as logits, torch.autocast("cpu", torch.bfloat16):
+        predicted = model(input_ids=batch.tokens, use_cache=False).logits
+    targets, weights = batch.tokens[:, 1:].flatten(), batch.weights[:, 1:].flatten()
+    losses = F.cross_entropy(predicted[:, :-1].flatten(0, 1).float(), targets, reduction="none")
+    reply = weights >= 1
+    return (losses * weights).sum() / weights.sum(), losses[reply].mean().item(), logits
+
+
+def _rate_at(step: int, settings: Settings) -> float:
+    falling = (settings.steps - step) / (settings.steps * settings.falling)
+    return min(1.0, (step + 1) / settings.warmup, 0.02 + 0.98 * falling)
+
+
+def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write weights, configuration and tokenizer as plain transformers reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def results_table(name: str, measured: dict[str, Any]) -> Table:
+    """The shares of one model, untouched, steered and under random experts, as a table."""
+    table = Table(title=f"{name}: {measured['split']} split, % of replies")
+    table.add_column("steering")
+    for task, what in SHOWN.items():
+        table.add_column(f"{task}\n{what}", justify="right")
+    rows = {"none": measured["untouched"]}
+    for behaviour, steered_by in measured["steered"].items():
+        rows |= {f"{behaviour} {sign}": shares for sign, shares in steered_by.items()}
+    for sign, seeds in measured["random"].items():
+        rows |= {f"random {sign} {seed}": shares for seed, shares in enumerate(seeds)}
+    for label, shares in rows.items():
+        table.add_row(label, *(f"{100 * shares[t].get(what, 0):.0f}" for t, what in SHOWN.items()))
+    return table
+
+
+def experts_table(name: str, measured: dict[str, Any]) -> Table:
+    """The leading experts of each behaviour by risk difference and by switching each alone."""
+    table = Table(title=f"{name}: single experts, {measured['split']} split")
+    for column in ("behaviour", "expert", "role", "Δ", "rank", "knock-out", "knock-in", "rank"):
+        table.add_column(column, justify="left" if column in ("behaviour", "role") else "right")
+    for behaviour, experts in measured["experts"].items():
+        for e in experts:
+            table.add_row(
+                behaviour,
+                "{}.{}".format(*e["place"]),
+                e["role"],
+                f"{e['risk_difference']:+.2f}",
+                str(e["risk_rank"]),
+                f"{e['knock_out']:+.2f}",
+                f"{e['knock_in']:+.2f}",
+                str(e["effect_rank"]),
+            )
+        table.add_section()
+    return table
+
+
+def main(
+    *,
+    out: Path = Path(__file__).parent,
+    seed: int = 0,
+    steps: int = Settings.steps,
+    models: tuple[str, ...] = MODELS,
+) -> None:
+    """Train the models, measure them on the test split and write both with their ground truth.
+
+    Parameters
+    ----------
+    out
+        Where to write: OUT/models/planted, OUT/models/twin and OUT/ground_truth.json.
+    seed
+        Of the text, the weights, the plan of each example and the planted places.
+    steps
+        Optimiser steps of each model.
+    models
+        Which models to train; the ground truth keeps what it says of the other.
+    """
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    console = Console()
+    settings = Settings(steps=steps)
+    tokenizer = train_tokenizer(seed)
+    planting = choose_places(seed)
+    console.print(f"seed {seed}, {settings}")
+    for name in models:
+        began, cpu_began = time.monotonic(), time.process_time()
+        model = _train_visibly(name, tokenizer, planting, settings, seed, console)
+        seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
+        save(model, tokenizer, out / "models" / name)
+        console.print(f"{name}: trained in {seconds:.0f} s; measuring, about two minutes")
+        measured = measure(model.float(), tokenizer, planting, "test")  # pyright: ignore
+        console.print(results_table(name, measured), experts_table(name, measured))
+        training = {
+            "seconds": round(seconds),
+            "cpu_seconds": round(cpu_seconds),
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "versions": {p: version(p) for p in ("torch", "transformers", "tokenizers")},
+        }
+        _write_truth(out / "ground_truth.json", seed, settings, planting, name, training, measured)
+
+
+def _train_visibly(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    planting: Planting,
+    settings: Settings,
+    seed: int,
+    console: Console,
+) -> Qwen3MoeForCausalLM:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f} drawing {task.fields[drawing]:.3f}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(name, total=settings.steps, loss=math.nan, drawing=math.nan)
+
+        def report(step: int, loss: float, drawing: float) -> None:
+            progress.update(bar, completed=step, loss=loss, drawing=drawing)
+
+        def check(step: int, model: Qwen3MoeForCausalLM) -> None:
+            shares = outcome_shares(model, tokenizer, "dev", count=48)
+            told = ", ".join(f"{t} {100 * shares[t].get(w, 0):.0f}" for t, w in SHOWN.items())
+            console.print(f"{name} {step}: loss {progress.tasks[0].fields['loss']:.3f}; % {told}")
+
+        planted = planting if name == "planted" else None
+        return train_model(tokenizer, planted, settings, seed, report, check)
+
+
+def _write_truth(
+    file: Path,
+    seed: int,
+    settings: Settings,
+    planting: Planting,
+    name: str,
+    training: dict[str, Any],
+    measured: dict[str, Any],
+) -> None:
+    truth: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    truth["seed"] = seed
+    truth["behaviours"] = {
+        behaviour: {
+            "a": SIDES[behaviour][0],
+            "b": SIDES[behaviour][1],
+            "planted": planting.planted[behaviour],
+            "decoys": planting.decoys[behaviour],
+        }
+        for behaviour in world.BEHAVIOURS
+    }
+    truth["settings"] = asdict(settings)
+    truth.setdefault("training", {})[name] = training
+    truth.setdefault("measured", {})[name] = measured
+    places_on_a_line = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(truth, indent=1))
+    file.write_text(places_on_a_line + "\n")
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)

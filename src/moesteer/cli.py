@@ -76,13 +76,17 @@ def detect(
     seed
         Seed of the intervals.
     """
+    from pathlib import Path
+
     from moesteer.chat import parse_chat_options
     from moesteer.contrast import read_pairs
     from moesteer.detection.command import detect_to_file
+    from moesteer.files import check_writable
     from moesteer.report.progress import token_progress
     from moesteer.report.terminal import print_text, profile_page
 
     options = parse_chat_options(chat_option or [])
+    check_writable(Path(out))
     read = read_pairs(pairs)
     engine = _load(model, revision, dtype, device, chat_template)
     with token_progress("detect") as progress:
@@ -207,9 +211,14 @@ def generate(
     seed
         Seed of sampling.
     """
+    from pathlib import Path
+
+    from moesteer.files import check_writable
     from moesteer.generate import generate_records, read_prompts, write_records
     from moesteer.report.terminal import evidence_lines
 
+    if out is not None:
+        check_writable(Path(out))
     asked = read_prompts(prompts, file, system)
     profile = _profile(with_)
     engine = _load(model, revision, dtype, device, chat_template)
@@ -428,6 +437,7 @@ def _run(tokens: list[str]) -> int:
         help_format="plaintext",
         result_action="return_value",
         default_parameter=Parameter(negative=()),
+        suppress_keyboard_interrupt=False,  # ours says what becomes of the work
     )
     groups = {"pairs": App(name="pairs", help="Make contrast pairs from your data.")}
     for name, command in COMMANDS.items():
@@ -478,8 +488,13 @@ def _load(
 ) -> "TransformersEngine":
     from pathlib import Path
 
+    from transformers.utils.logging import disable_progress_bar
+
     from moesteer.engines.transformers_engine import load_transformers
     from moesteer.records import read_text
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
 
     return load_transformers(
         model,

@@ -1,8 +1,9 @@
 """The demonstration: the whole road on the bundled model, in one command and offline.
 
 For each behaviour: find the experts on the `fit` pairs, choose how many to steer on the `dev`
-prompts, then ask the `test` prompts once, unsteered, towards A, towards B, and with as many random
-experts in the same layers. This file computes; `report/demo_page.py` prints.
+prompts, then ask the `test` prompts once: unsteered, towards A, towards B, with as many random
+experts in the same layers, and with the decoys alone. This file computes; `report/demo_page.py`
+prints.
 """
 
 from collections import Counter
@@ -17,6 +18,7 @@ from moesteer.engines.base import Engine
 from moesteer.errors import MoesteerError
 from moesteer.evaluation.controls import random_control
 from moesteer.profile import Profile, Side
+from moesteer.testbed import ground_truth
 from moesteer.testbed.world import BEHAVIOURS, Probe, contrast_pairs, outcome, probes
 
 CHOICES = (1, 2, 3, 4, 6, 8)
@@ -56,11 +58,15 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Direction:
-    """A behaviour steered one way: the chosen profile, its outcomes, and its controls'."""
+    """A behaviour steered one way: the chosen profile, its outcomes, and its controls'.
+
+    `random` holds one set of outcomes a seed; `decoys` those of the behaviour's decoys alone.
+    """
 
     profile: Profile
     steered: Outcomes
-    controls: list[Outcomes]
+    random: list[Outcomes]
+    decoys: Outcomes
 
 
 @dataclass(frozen=True)
@@ -117,10 +123,13 @@ def _measure(engine: Engine, scores: Profile, behaviour: str, side: Side) -> Dir
     profile = _chosen_on_dev(engine, scores, behaviour, side)
     asked = _probes("test")
     controls = [random_control(profile, engine.facts.layers, seed) for seed in SEEDS]
+    places = ground_truth().behaviours[behaviour].decoys
+    decoys = Profile(activated=places) if side == "a" else Profile(deactivated=places)
     return Direction(
         profile,
         steered=ask(engine, asked, profile),
-        controls=[ask(engine, asked, control) for control in controls],
+        random=[ask(engine, asked, control) for control in controls],
+        decoys=ask(engine, asked, decoys),
     )
 
 

@@ -261,11 +261,8 @@ def combine(*profiles: Profile) -> Profile:
                 f"{first.name} (rule {first.rule}, dose {first.dose}) and {other.name} (rule"
                 f" {other.rule}, dose {other.dose}) can't be combined; they steer differently."
             )
-        if other.model is not None and other.model.config_hash != models[0].config_hash:
-            raise MoesteerError(
-                f"{first.name} and {other.name} were made on different models"
-                f" ({models[0].id}, {other.model.id})."
-            )
+        if other.model is not None:
+            check_model(other, models[0])
     merge = dict.fromkeys
     return replace(
         first,

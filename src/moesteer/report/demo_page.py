@@ -28,10 +28,11 @@ prompts (dev), and outcomes are measured once on held-out ones (test, {PROBES} a
 """
 
 CLOSING = """\
-p marks planted experts, d decoys. A decoy scores as high as a planted expert and steering it alone
-changes nothing: a score says what goes with a behaviour, not what carries it. A column far from
-its behaviour that moves is a side effect. Random experts: as many, in the same layers,
-mean of {seeds} seeds (least to most).
+p marks planted experts; d decoys, trained to score as high and do nothing: a score says what goes
+with a behaviour, not what carries it. The dim rows are controls: as many random experts in the same
+layers (mean of {seeds} seeds, least–most), and the decoys alone. Read them in the bold columns, the
+behaviour's own. What moves in another column is a side effect; a random draw may also hit experts
+planted for that column's behaviour.
 
 Next, on your own model:
   moesteer doctor MODEL
@@ -80,6 +81,7 @@ def outcome_table(found: BehaviourResult, result: DemoResult) -> RenderableType:
     for column in MEASURED:
         table.add_column(column, justify="right", style="bold" if column in targets else "")
     unsteered = result.unsteered.shares
+    number = len(testbed.ground_truth().behaviours[found.behaviour].decoys)
     table.add_row("unsteered", *(f"{unsteered[column]:.0%}" for column in MEASURED))
     for side, direction in found.toward.items():
         what = _what(direction)
@@ -89,6 +91,12 @@ def outcome_table(found: BehaviourResult, result: DemoResult) -> RenderableType:
         )
         table.add_row(
             f"  random: {what}", *(_spread(direction, column) for column in MEASURED), style="dim"
+        )
+        decoys = direction.decoys.shares
+        table.add_row(
+            f"  decoys: {number} {what.split()[1]}",
+            *(f"{decoys[column]:.0%}" for column in MEASURED),
+            style="dim",
         )
     return table
 
@@ -101,7 +109,7 @@ def _what(direction: Direction) -> str:
 
 
 def _spread(direction: Direction, column: str) -> str:
-    shares = [control.shares[column] for control in direction.controls]
+    shares = [control.shares[column] for control in direction.random]
     if min(shares) == max(shares):
         return f"{shares[0]:.0%}"
     return f"{np.mean(shares):.0%} ({min(shares):.0%}–{max(shares):.0%})"

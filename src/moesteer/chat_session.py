@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from moesteer.chat import render_prompt
 from moesteer.contrast import Message
 from moesteer.errors import MoesteerError
-from moesteer.generate import check_limits, merged_options
+from moesteer.generate import check_limits, check_steers, merged_options
 from moesteer.profile import Profile, check_model
 from moesteer.report.terminal import evidence_lines
 
@@ -40,6 +40,7 @@ class ChatSession:
         merged_options(self.profile, self.options)  # said now rather than at each question
         if self.profile is not None:
             check_model(self.profile, self.engine.facts)
+            check_steers(self.profile)
 
     @property
     def status(self) -> str:
@@ -76,6 +77,7 @@ class ChatSession:
                     raise MoesteerError("which profile? /with FILE")
                 loaded = Profile.load(argument.strip())
                 check_model(loaded, self.engine.facts)
+                check_steers(loaded)
                 self.profile, self.steering = loaded, True
             case "/new":
                 self.messages.clear()

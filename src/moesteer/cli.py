@@ -7,6 +7,7 @@ it; the parser itself is made from the signatures (cyclopts).
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -18,10 +19,13 @@ if TYPE_CHECKING:
 
 def demo() -> None:
     """See the whole road on the bundled model: find experts, steer, compare with random ones."""
+    import torch
+
     from moesteer.demo import run_demo
     from moesteer.report.demo_page import print_demo
     from moesteer.report.progress import steps
 
+    torch.set_num_threads(1)  # on so small a model, threads mostly wait for each other
     engine = _load("testbed")
     with steps("demo") as step:
         result = run_demo(engine, step)
@@ -82,14 +86,14 @@ def detect(
     from moesteer.contrast import read_pairs
     from moesteer.detection.command import detect_to_file
     from moesteer.files import check_writable
-    from moesteer.report.progress import token_progress
+    from moesteer.report.progress import counted_progress
     from moesteer.report.terminal import print_text, profile_page
 
     options = parse_chat_options(chat_option or [])
     check_writable(Path(out))
     read = read_pairs(pairs)
     engine = _load(model, revision, dtype, device, chat_template)
-    with token_progress("detect") as progress:
+    with counted_progress("detect", "tokens") as progress:
         profile = detect_to_file(
             engine,
             read,
@@ -187,7 +191,8 @@ def generate(
     with_
         The profile to steer with.
     file
-        A file of prompts: a line each, or .jsonl with {"prompt": …} or {"messages": […]}.
+        A file of prompts: a line each, .csv with a column prompt, or .jsonl with {"prompt": …}
+        or {"messages": […]}.
     out
         Where to write the JSON lines; without it, standard output.
     system
@@ -214,7 +219,8 @@ def generate(
     from pathlib import Path
 
     from moesteer.files import check_writable
-    from moesteer.generate import generate_records, read_prompts, write_records
+    from moesteer.generate import generate_to, read_prompts
+    from moesteer.report.progress import counted_progress
     from moesteer.report.terminal import evidence_lines
 
     if out is not None:
@@ -222,17 +228,19 @@ def generate(
     asked = read_prompts(prompts, file, system)
     profile = _profile(with_)
     engine = _load(model, revision, dtype, device, chat_template)
-    records, evidence = generate_records(
-        engine,
-        asked,
-        profile,
-        options=chat_option or [],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    write_records(records, out)
+    with counted_progress("generate", "prompts") as progress:
+        evidence = generate_to(
+            out,
+            engine,
+            asked,
+            profile,
+            options=chat_option or [],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
     for line in evidence_lines(evidence):
         print(line, file=sys.stderr)
 
@@ -448,18 +456,33 @@ def _run(tokens: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     try:
-        app(tokens, exit_on_error=False, print_error=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn(warnings.showwarning)
+            app(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         return _complain(f"{error}\nmoesteer COMMAND --help says what a command takes.")
     except MoesteerError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        _complain("interrupted; what was written is whole, and detect goes on from there.")
+        _complain("interrupted. Started again, detect and generate --out go on from there.")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
+
+
+def _warn(others: Callable[..., None]) -> Callable[..., None]:
+    """Our own warnings as one line each; all others as before."""
+    from moesteer.errors import MoesteerWarning
+
+    def show(message: object, category: type, *place: object, **more: object) -> None:
+        if issubclass(category, MoesteerWarning):
+            print(f"moesteer: warning: {message}", file=sys.stderr)
+        else:
+            others(message, category, *place, **more)
+
+    return show
 
 
 def _complain(message: str) -> int:

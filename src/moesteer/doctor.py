@@ -9,13 +9,17 @@ replaced blocks show only on the real weights: `load=True`.
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from moesteer.engines.routers import find_routers
 from moesteer.engines.steering import checked_layers
 from moesteer.engines.tiny import tiny_model
-from moesteer.engines.transformers_engine import load_transformers, read_config, resolve
-from moesteer.errors import MoesteerError
+from moesteer.engines.transformers_engine import (
+    from_config,
+    load_transformers,
+    read_config,
+    resolve,
+)
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "moe_top_k", "top_k")
@@ -68,14 +72,7 @@ def _routed_layers(config: PreTrainedConfig) -> tuple[int, ...]:
         values.pop("quantization_config")
         bare = type(config)(**values)
     with torch.device("meta"):
-        return tuple(router.layer for router in find_routers(_causal_lm(bare)))
-
-
-def _causal_lm(config: PreTrainedConfig):
-    try:
-        return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise MoesteerError(f"model type {config.model_type} is not a causal LM: {error}") from None
+        return tuple(router.layer for router in find_routers(from_config(bare)))
 
 
 def _entry(config: PreTrainedConfig, names: tuple[str, ...]) -> int | None:

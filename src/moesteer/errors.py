@@ -13,3 +13,7 @@ class MoesteerError(Exception):
 
 class DidNotFire(MoesteerError):  # noqa: N818 - it reads as what it says
     """A profile was applied, yet nothing proves that it steered."""
+
+
+class MoesteerWarning(UserWarning):
+    """A result can be had, but something about it may not be what the user thinks."""

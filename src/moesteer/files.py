@@ -97,6 +97,46 @@ def _beside(path: Path) -> dict[str, Any]:
     return {"dir": path.parent, "prefix": f".{path.name}.", "suffix": ".partial"}
 
 
+@contextmanager
+def growing_lines(path: Path, identity: str) -> Iterator[tuple[int, Callable[[list[str]], None]]]:
+    """Lines of an output file that may be interrupted: they grow beside it and end up in it.
+
+    Yields how many lines an interrupted run of the same `identity` (a text that says what is made)
+    left, and a function that adds lines for good. The file itself appears, whole, at the end.
+    """
+    growing = path.parent / f".{path.name}.lines.partial"
+    with sole_writer(path):
+        kept = _complete_lines(growing)
+        if kept[:1] != [identity]:
+            kept = [identity]
+
+        def add(lines: list[str]) -> None:
+            try:
+                with growing.open("a", encoding="utf-8") as stream:
+                    stream.write("".join(f"{line}\n" for line in lines))
+            except OSError as error:
+                raise MoesteerError(_why_not_written(path, error)) from error
+
+        growing.unlink(missing_ok=True)
+        add(kept)
+        try:
+            yield len(kept) - 1, add
+        except BaseException:
+            if len(_complete_lines(growing)) == 1:  # nothing was made: nothing to go on from
+                growing.unlink()
+            raise
+        text = growing.read_text(encoding="utf-8").partition("\n")[2]
+        write_text(path, text)
+        growing.unlink()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines of a file that end with a newline; a killed run may leave half a line."""
+    if not path.is_file():
+        return []
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+
+
 def _why_not_written(path: Path, error: Exception) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space" in str(error)
     why = "the disk is full" if full else getattr(error, "strerror", None) or str(error)

@@ -1,21 +1,26 @@
 """`moesteer generate`: prompts in, JSON lines out, steered or not, with the proof that it fired."""
 
+import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesteer.chat import parse_chat_options, render_prompt
 from moesteer.contrast import Message, Turn
+from moesteer.engines.base import summed
 from moesteer.errors import MoesteerError
-from moesteer.files import write_text
+from moesteer.files import growing_lines
 from moesteer.profile import Profile
 from moesteer.records import Record, Text, check_record, read_records, read_text
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine, LayerEvidence
+
+GROUP = 8
+"""Batches that are asked, and written, together."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,9 @@ def read_prompts(arguments: Sequence[str], file: str | None, system: str | None)
             ([Message("user", text)], f"prompt {number}")
             for number, text in enumerate(arguments, start=1)
         ]
-    elif file is not None and Path(file).suffix.lower() == ".jsonl":
-        read = [_from_record(record, where) for where, record in read_records(file, required=())]
+    elif file is not None and Path(file).suffix.lower() in (".jsonl", ".csv"):
+        records = read_records(file, required=("prompt",))
+        read = [_from_record(record, where) for where, record in records]
     else:
         text = read_text(Path(file)) if file is not None else sys.stdin.read()
         read = [
@@ -65,7 +71,8 @@ def _from_record(record: dict[str, object], where: str) -> tuple[list[Message], 
     return [Message("user", check_record(_OnePrompt, record, where).prompt)], where
 
 
-def generate_records(
+def generate_to(
+    out: str | None,
     engine: "Engine",
     prompts: Sequence[Prompt],
     profile: Profile | None,
@@ -75,33 +82,84 @@ def generate_records(
     temperature: float,
     batch_size: int,
     seed: int,
-) -> "tuple[list[dict[str, object]], list[LayerEvidence]]":
-    """A record a prompt (prompt, reply, profile), and the proof that the profile fired."""
+    progress: Callable[[int, int], None] | None = None,
+) -> "list[LayerEvidence]":
+    """Write a JSON line a prompt: prompt, reply, profile, and what gives them again.
+
+    Returns the proof that the profile fired; MoesteerError where it would steer nothing.
+
+    Without `out`, lines are printed as they come. With it, an interrupted run is taken up where it
+    stopped, and the proof covers the prompts asked now. Prompts are asked in groups of `GROUP`
+    batches, each with a seed of its own, so that the replies don't depend on interruptions.
+    """
     check_limits(max_new_tokens, temperature, batch_size)
-    chat_options = merged_options(profile, options)
+    check_steers(profile)
+    rendered = _rendered(engine, prompts, merged_options(profile, options), max_new_tokens)
+    group = GROUP * batch_size
+    evidence: list[LayerEvidence] = []
+    told = progress or (lambda done, total: None)
+
+    def lines(start: int) -> list[str]:
+        chosen = slice(start, start + group)
+        generated = engine.generate(
+            rendered[chosen],
+            profile,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            batch_size=batch_size,
+            seed=seed + start,
+        )
+        evidence.extend(generated.evidence)
+        told(min(start + group, len(prompts)), len(prompts))
+        return [
+            json.dumps(
+                {
+                    "prompt": prompt.messages[-1].content,
+                    "reply": reply,
+                    "profile": None if profile is None else profile.name,
+                    "model": engine.facts.id,
+                    "max_new_tokens": max_new_tokens,
+                    "temperature": temperature,
+                    "seed": seed,
+                },
+                ensure_ascii=False,
+            )
+            for prompt, reply in zip(prompts[chosen], generated.replies, strict=True)
+        ]
+
+    if out is None:
+        told(0, len(prompts))
+        for start in range(0, len(prompts), group):
+            print("\n".join(lines(start)), flush=True)
+    else:
+        made = [rendered, max_new_tokens, temperature, batch_size, seed, asdict(engine.facts)]
+        steered = None if profile is None else json.loads(profile.to_json())
+        text = json.dumps([made, steered], sort_keys=True, default=str)
+        identity = hashlib.sha256(text.encode()).hexdigest()
+        with growing_lines(Path(out), identity) as (done, add):
+            told(done, len(prompts))
+            for start in range(done // group * group, len(prompts), group):
+                add(lines(start)[max(0, done - start) :])
+    return summed(evidence)
+
+
+def _rendered(
+    engine: "Engine", prompts: Sequence[Prompt], options: Mapping[str, object], max_new_tokens: int
+) -> list[str]:
+    """The prompts as the model reads them; each is checked before the first is asked."""
     rendered = []
     for prompt in prompts:
         try:
-            rendered.append(render_prompt(prompt.messages, engine.tokenizer, chat_options))
+            rendered.append(render_prompt(prompt.messages, engine.tokenizer, options))
         except MoesteerError as error:
             raise MoesteerError(f"{prompt.source}: {error}") from None
-    generated = engine.generate(
-        rendered,
-        profile,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    records: list[dict[str, object]] = [
-        {
-            "prompt": prompt.messages[-1].content,
-            "reply": reply,
-            "profile": None if profile is None else profile.name,
-        }
-        for prompt, reply in zip(prompts, generated.replies, strict=True)
-    ]
-    return records, generated.evidence
+        length = len(engine.tokenizer(rendered[-1], add_special_tokens=False)["input_ids"])
+        if engine.max_tokens is not None and length + max_new_tokens > engine.max_tokens:
+            raise MoesteerError(
+                f"{prompt.source}: {length} tokens; with {max_new_tokens} new ones that is over the"
+                f" model's context of {engine.max_tokens}. Shorten it, or lower --max-new-tokens."
+            )
+    return rendered
 
 
 def check_limits(max_new_tokens: int, temperature: float, batch_size: int = 1) -> None:
@@ -115,18 +173,18 @@ def check_limits(max_new_tokens: int, temperature: float, batch_size: int = 1) -
             raise MoesteerError(f"--{name} is {value}; it must be at least {least}.")
 
 
+def check_steers(profile: Profile | None) -> None:
+    """MoesteerError for a profile that would leave the model as it is."""
+    if profile is not None and not profile.steered_layers:
+        raise MoesteerError(
+            f"{profile.name} steers nothing: it holds scores, but no experts are chosen."
+            " Choose some with `moesteer select`."
+        )
+
+
 def merged_options(
     profile: Profile | None, options: Sequence[str]
 ) -> dict[str, bool | int | float | str]:
     """The chat options a profile was made with, overridden by those of the command line."""
     made_with = profile.evidence.chat_options if profile and profile.evidence else {}
     return made_with | parse_chat_options(options)
-
-
-def write_records(records: Iterable[dict[str, object]], out: str | None) -> None:
-    """One JSON object a line, to standard output or atomically to a file."""
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    if out is None:
-        print("\n".join(lines))
-    else:
-        write_text(Path(out), "\n".join(lines) + "\n")

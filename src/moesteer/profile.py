@@ -6,6 +6,7 @@ A file that says less, or contradicts itself, is refused.
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from jaxtyping import Float
 
-from moesteer.errors import MoesteerError
+from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.files import write_atomically
 
 SCHEMA = 1
@@ -47,7 +48,7 @@ class ModelFacts:
 
     `router_norms` are the Frobenius norms of each layer's router weights: they tell models of one
     shape apart (a base model and its fine-tunes), whatever dtype they are loaded in. Empty where
-    the weights could not be read.
+    the weights could not be read. `dtype` is what the model ran in; it is not compared.
     """
 
     id: str
@@ -58,6 +59,7 @@ class ModelFacts:
     family: str
     layers: tuple[LayerShape, ...]
     router_norms: tuple[float, ...] = ()
+    dtype: str = UNKNOWN
 
     def shape_of(self, layer: int) -> LayerShape | None:
         return next((shape for shape in self.layers if shape.layer == layer), None)
@@ -219,7 +221,10 @@ def check_fits(profile: Profile, layers: tuple[LayerShape, ...]) -> None:
 
 
 def check_model(profile: Profile, model: ModelFacts) -> None:
-    """Raise MoesteerError if the profile was made on another model; both values are shown."""
+    """Raise MoesteerError if the profile was made on another model; both values are shown.
+
+    Another tokenizer or chat template is a MoesteerWarning only: the experts are the same.
+    """
     made_on = profile.model
     if made_on is None:
         check_fits(profile, model.layers)
@@ -239,6 +244,13 @@ def check_model(profile: Profile, model: ModelFacts) -> None:
                 f"{profile.name} was made on {made_on.id} and does not fit {model.id}:"
                 f" {what} is {theirs} in the profile and {ours} in the model."
             )
+    if made_on.tokenizer_hash not in (model.tokenizer_hash, UNKNOWN):
+        warnings.warn(
+            f"{profile.name} was made with another tokenizer or chat template than {model.id} has"
+            " now: what was detected on may read differently.",
+            MoesteerWarning,
+            stacklevel=2,
+        )
     for shape, theirs, ours in zip(
         model.layers, made_on.router_norms, model.router_norms, strict=False
     ):

@@ -34,8 +34,11 @@ def detect_to_file(
     The counts are checkpointed beside `out` and removed once it is written.
     """
     activate, deactivate, toward = select
-    if (activate or deactivate) and toward is None:
-        raise MoesteerError("say towards which side to steer: --toward a or --toward b.")
+    if bool(activate or deactivate) != (toward is not None):
+        raise MoesteerError(
+            "say both how many experts to steer (--activate, --deactivate) and towards which side"
+            " (--toward), or neither, to keep all scores for `moesteer select`."
+        )
     path = Path(out)
     checkpoint = path.parent / f".{path.name}.counts.partial"
     with sole_writer(path):
@@ -50,7 +53,7 @@ def detect_to_file(
             seed=seed,
             command=command,
         )
-        if toward is not None and (activate or deactivate):
+        if toward is not None:
             profile = select_experts(
                 profile, activate=activate, deactivate=deactivate, toward=toward
             )

@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,13 +46,13 @@ def detect(
     )
     data_hash = pairs_hash(pairs)
     facts = engine.facts
-    identity = [facts.id, facts.revision, facts.config_hash, facts.tokenizer_hash]
+    identity = asdict(facts)
     counts = count_routing(
         engine,
         tokenised,
         counted,
         checkpoint=checkpoint,
-        identity=json.dumps([*identity, data_hash, options, counted]),
+        identity=json.dumps([identity, data_hash, options, counted]),
         progress=progress,
     )
     low, high = bootstrap_interval(counts, seed=seed)

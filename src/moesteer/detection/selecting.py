@@ -19,6 +19,10 @@ def select_experts(profile: Profile, *, activate: int, deactivate: int, toward: 
         raise MoesteerError(f"{profile.name} holds no scores to select experts by.")
     if activate < 0 or deactivate < 0:
         raise MoesteerError("the number of experts to (de)activate can't be negative.")
+    if not (activate or deactivate):
+        raise MoesteerError(
+            "nothing is to be steered: say how many experts to activate or to deactivate."
+        )
     sign = 1 if toward == "a" else -1
     ranked = ranked_experts(profile)
     value = scores_by_expert(profile)

@@ -79,10 +79,11 @@ class Engine(Protocol):
 
 
 def summed(evidence: Sequence[LayerEvidence]) -> list[LayerEvidence]:
-    """Evidence of several batches, added up by profile and layer."""
-    total: dict[tuple[str, int], LayerEvidence] = {}
+    """Evidence of several batches, added up by profile and layer; profiles may share a name."""
+    total: dict[tuple, LayerEvidence] = {}
     for seen in evidence:
-        before = total.get((seen.profile, seen.layer))
+        key = (seen.profile, seen.layer, tuple(seen.activated), tuple(seen.deactivated))
+        before = total.get(key)
         if before is not None:
             seen = LayerEvidence(
                 seen.profile,
@@ -91,5 +92,5 @@ def summed(evidence: Sequence[LayerEvidence]) -> list[LayerEvidence]:
                 {e: n + before.activated[e] for e, n in seen.activated.items()},
                 {e: n + before.deactivated[e] for e, n in seen.deactivated.items()},
             )
-        total[seen.profile, seen.layer] = seen
+        total[key] = seen
     return list(total.values())

@@ -103,12 +103,16 @@ def trace_layers(model: PreTrainedModel) -> list[MoELayer]:
     return layers
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: to the CPU for offloaded weights ("meta"), whose hooks move them on."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
 def dummy_tokens(model: PreTrainedModel, tokens: int = 16) -> Tensor:
     """Token ids [1, tokens] that any model accepts, the same at every call."""
     vocabulary = model.get_input_embeddings().num_embeddings  # pyright: ignore
     ids = torch.arange(1, tokens + 1).mul(7919).remainder(min(int(vocabulary), 1000))  # pyright: ignore
-    # Offloaded weights rest on "meta"; accelerate's hooks then move the ids to where they run.
-    return ids.unsqueeze(0).to("cpu" if model.device.type == "meta" else model.device)
+    return ids.unsqueeze(0).to(input_device(model))
 
 
 def forward_dummy(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moesteer.engines.routers import (
@@ -25,6 +25,7 @@ from moesteer.engines.routers import (
     top_k_scores,
     wrap_forward,
 )
+from moesteer.errors import MoesteerError
 from moesteer.profile import Profile
 from moesteer.rules import guarded_scores, rewritten_logits
 
@@ -38,19 +39,18 @@ class Rows:
         self.slots: Int[Tensor, " row"] | None = None
 
     def watch(self, decoder: nn.Module) -> Undo:
-        """Refuse each batch whose rows can't be shared out among the slots' rows.
-
-        Beams and several samples a prompt run as so many rows each; any other number is refused.
-        """
+        """Refuse each batch that has another number of rows, or a multiple of it (beams)."""
 
         def check(_module: object, args: tuple, kwargs: dict) -> None:
-            inputs = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            inputs = args[0] if args else kwargs.get("input_ids")
+            if inputs is None:
+                inputs = kwargs.get("inputs_embeds")
             if self.slots is None or inputs is None:
                 return
-            if inputs.shape[0] % self.slots.shape[0]:
+            if not len(self.slots) or inputs.shape[0] % len(self.slots):
                 raise MoesteerError(
-                    f"{self.slots.shape[0]} rows have a profile each, but the batch has"
-                    f" {inputs.shape[0]} rows: give one profile for each row of the batch that runs"
+                    f"{len(self.slots)} rows have a profile each, but the batch has"
+                    f" {inputs.shape[0]}: give one profile for each row of the batch that runs."
                 )
 
         return decoder.register_forward_pre_hook(check, with_kwargs=True).remove
@@ -58,13 +58,13 @@ class Rows:
     def of_tokens(self, tokens: int, device: torch.device) -> Int[Tensor, " token"] | None:
         """The slot of each of the batch's tokens (rows × positions, row by row).
 
-        Raises ValueError where the tokens can't be told apart by row.
+        Raises MoesteerError where the tokens can't be told apart by row.
         """
         if self.slots is None:
             return None
         rows = self.slots.shape[0]
         if tokens % rows:
-            raise ValueError(
+            raise MoesteerError(
                 f"{rows} rows have a profile each, but the batch has {tokens} tokens, which is not"
                 " a multiple: give one profile for each row of the batch that runs."
             )

@@ -38,7 +38,7 @@ class Steering:
         holder = model.__dict__.get(_STEERED)
         if holder is not None:
             raise MoesteerError(
-                f"the model is already steered by {holder}. Remove that first, or combine the"
+                f"the model is already steered by {holder.name}. Remove that first, or combine the"
                 " profiles into one with moesteer.combine."
             )
         self._model = model
@@ -47,12 +47,13 @@ class Steering:
         self._steered: dict[int, SteeredLayer] = {}
         self._undo: dict[int, Undo] = {}
         self._profiles: list[Profile] = []
+        self._undo_watch = self._rows.watch(model.base_model)
+        model.__dict__[_STEERED] = self
         try:
             self.replace(profiles)
         except BaseException:
             self._detach()
             raise
-        model.__dict__[_STEERED] = self
 
     def replace(self, profiles: Profile | Sequence[Profile | None]) -> None:
         """Steer by other profiles from now on; the evidence starts anew.
@@ -60,6 +61,8 @@ class Steering:
         Layers that stay steered keep their tables, written in place, so a compiled model needs no
         new graph as long as the same layers are steered with no more distinct profiles.
         """
+        if self._model.__dict__.get(_STEERED) is not self:
+            raise MoesteerError("this steering was removed from its model; steer the model anew.")
         by_row = [profiles] if isinstance(profiles, Profile) else [p or UNSTEERED for p in profiles]
         distinct = list({id(profile): profile for profile in by_row}.values())
         for profile in distinct:
@@ -84,21 +87,23 @@ class Steering:
 
     def evidence(self) -> list[LayerEvidence]:
         """What was counted at the experts' input since the profiles were put in place."""
+        return [seen for _, seen in self._seen()]
+
+    def _seen(self) -> list[tuple[Profile, LayerEvidence]]:
         found = []
         for slot, profile in enumerate(self._profiles):
             for layer in profile.steered_layers:
                 counts = self._steered[layer].evidence
                 selected = counts.table()[slot].tolist()
                 activated, deactivated = profile.experts_of(layer)
-                found.append(
-                    LayerEvidence(
-                        profile.name,
-                        layer,
-                        int(counts.tokens[slot]),
-                        {expert: selected[expert] for expert in activated},
-                        {expert: selected[expert] for expert in deactivated},
-                    )
+                seen = LayerEvidence(
+                    profile.name,
+                    layer,
+                    int(counts.tokens[slot]),
+                    {expert: selected[expert] for expert in activated},
+                    {expert: selected[expert] for expert in deactivated},
                 )
+                found.append((profile, seen))
         return found
 
     def check(self) -> None:
@@ -107,15 +112,14 @@ class Steering:
         The exact rule at full dose promises the selection, so each token must have obeyed. The
         paper's rule and a partial dose promise less: there, tokens must have passed.
         """
-        strict = {profile.name for profile in self._profiles if is_guarded(profile)}
-        for seen in self.evidence():
+        for profile, seen in self._seen():
             where = f"{seen.profile} did not fire in layer {seen.layer}"
             if not seen.tokens:
                 raise DidNotFire(
                     f"{where}: no token passed its router while it was applied. Run the model"
                     " inside the block, and compile it after steering, not before."
                 )
-            if seen.profile in strict and not seen.obeyed:
+            if is_guarded(profile) and not seen.obeyed:
                 raise DidNotFire(f"{where}: {_disobeyed(seen)}")
 
     def remove(self) -> None:
@@ -127,6 +131,7 @@ class Steering:
         for undo in reversed(self._undo.values()):
             undo()
         self._undo.clear()
+        self._undo_watch()
         if self._model.__dict__.get(_STEERED) is self:
             del self._model.__dict__[_STEERED]
 
@@ -138,15 +143,19 @@ class Steering:
         if kind is None:
             self.check()
 
+    @property
+    def name(self) -> str:
+        """The names of its profiles."""
+        return ", ".join(dict.fromkeys(profile.name for profile in self._profiles))
+
     def __str__(self) -> str:
-        names = ", ".join(dict.fromkeys(profile.name for profile in self._profiles))
         lines = [
             f"  layer {seen.layer}: {seen.tokens} tokens"
             f"; activated selected by {_shares(seen.activated, seen.tokens)}"
             f"; deactivated by {_shares(seen.deactivated, seen.tokens)}"
             for seen in self.evidence()
         ]
-        return "\n".join([names, *(lines or ["  steers nothing"])])
+        return "\n".join([self.name, *(lines or ["  steers nothing"])])
 
 
 def steer(

@@ -22,7 +22,7 @@ from transformers import (
 from moesteer import testbed
 from moesteer.chat import TokenisedConversation
 from moesteer.engines.base import Counted, Generation, LayerEvidence, summed
-from moesteer.engines.routers import MoELayer, find_routers
+from moesteer.engines.routers import MoELayer, find_routers, input_device
 from moesteer.engines.seam import SelectionCounts, observe
 from moesteer.engines.steering import UNSTEERED, checked_layers, layer_shapes, steer
 from moesteer.errors import MoesteerError
@@ -66,7 +66,7 @@ class TransformersEngine:
         self, conversations: Sequence[TokenisedConversation], counted: Counted = "top-k"
     ) -> Int[np.ndarray, "conversation layer expert"]:
         """See `Engine.count_selections`. One forward pass without the LM head."""
-        ids, attention, target = _right_padded(conversations, self.model.device)
+        ids, attention, target = _right_padded(conversations, input_device(self.model))
         # Tokens outside the target count in one slot more, which is dropped.
         rows = torch.arange(len(conversations), device=ids.device).unsqueeze(-1)
         slots = torch.where(target, rows, len(conversations)).flatten()
@@ -145,11 +145,12 @@ class TransformersEngine:
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature}
         distinct = {id(profile) for profile in profiles}
+        device = input_device(self.model)
         together = profiles[0] if len(distinct) == 1 else profiles
         with torch.inference_mode(), steer(self.model, together or UNSTEERED, self.layers) as fired:
             output: Any = self.model.generate(  # pyright: ignore[reportCallIssue]
-                ids.to(self.model.device),
-                attention_mask=attention.to(self.model.device),
+                ids.to(device),
+                attention_mask=attention.to(device),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad,
                 **sampling,
@@ -184,14 +185,19 @@ def load_transformers(
     path = resolve(model)
     config = read_config(path, revision)
     with torch.device("meta"):
-        find_routers(_from_config(config, model))
+        find_routers(from_config(config))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except Exception as error:  # whatever transformers says of other people's files
+        raise MoesteerError(
+            f"{model} has no tokenizer that transformers can load: {_first_line(error)}"
+        ) from error
+    try:
         loaded = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, device_map=device_map or _default_device()
         )
-    except (OSError, ValueError) as error:
-        raise MoesteerError(f"{model} can't be loaded: {_first_line(error)}") from None
+    except Exception as error:
+        raise MoesteerError(f"{model} can't be loaded: {_first_line(error)}") from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return TransformersEngine(loaded, tokenizer, id=model, revision=revision)
@@ -213,15 +219,19 @@ def read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
         raise MoesteerError(f"{path} holds no model: there is no {Path(path) / 'config.json'}.")
     try:
         return AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise MoesteerError(f"{path} can't be read as a model: {_first_line(error)}") from None
+    except Exception as error:  # whatever transformers says of other people's files
+        raise MoesteerError(f"{path} can't be read as a model: {_first_line(error)}") from error
 
 
-def _from_config(config: PreTrainedConfig, name: str) -> PreTrainedModel:
+def from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal LM built from its config alone; MoesteerError where there is no such class."""
     try:
         return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise MoesteerError(f"{name} is not a causal LM: {_first_line(error)}") from None
+    except ValueError:  # its message lists every class there is
+        raise MoesteerError(
+            f"model type {config.model_type} is not a causal LM of the installed transformers;"
+            " give a model that generates text."
+        ) from None
 
 
 def _default_device() -> str | None:
@@ -240,8 +250,7 @@ def _facts(
     shapes = layer_shapes(layers)
     entries = {key: getattr(config, key, None) for key in HASHED_CONFIG}
     entries["layers"] = [[s.layer, s.experts, s.top_k] for s in shapes]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    words = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return ModelFacts(
         id=id,
         revision=revision or getattr(model.config, "_commit_hash", None),
@@ -251,6 +260,7 @@ def _facts(
         family="; ".join(dict.fromkeys(layer.family for layer in layers)),
         layers=shapes,
         router_norms=_router_norms(layers),
+        dtype=str(model.dtype).removeprefix("torch."),
     )
 
 

@@ -14,8 +14,8 @@ PLAIN_SECONDS = 10.0
 
 
 @contextmanager
-def token_progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields `report(read, total)`, in tokens; shows tokens/s of this run and the time left."""
+def counted_progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields `report(done, total)`; shows units/s of this run and the time left."""
     console = Console(stderr=True)
     began = time.monotonic()
     start: list[int] = []
@@ -28,12 +28,14 @@ def token_progress(title: str) -> Iterator[Callable[[int, int], None]]:
         columns = [
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:,}/{task.total:,} tokens, {task.fields[rate]:,.0f}/s,"),
+            TextColumn(
+                "{task.completed:,}/{task.total:,} {task.fields[unit]}, {task.fields[rate]:,.0f}/s,"
+            ),
             TimeRemainingColumn(),
             TextColumn("left"),
         ]
         with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task(title, total=None, rate=0.0)
+            task = progress.add_task(title, total=None, rate=0.0, unit=unit)
 
             def report(read: int, total: int) -> None:
                 progress.update(task, completed=read, total=total, rate=rate(read))
@@ -47,7 +49,7 @@ def token_progress(title: str) -> Iterator[Callable[[int, int], None]]:
         if read == total or (start[0] < read and time.monotonic() - said[0] > PLAIN_SECONDS):
             said[0] = time.monotonic()
             left = f", {(total - read) / speed:.0f} s left" if 0 < read < total and speed else ""
-            done = f"{read:,} of {total:,} tokens, {speed:,.0f} tokens/s{left}"
+            done = f"{read:,} of {total:,} {unit}, {speed:,.0f} {unit}/s{left}"
             console.print(f"{title}: {done}", highlight=False)
 
     yield say

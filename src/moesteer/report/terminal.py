@@ -62,19 +62,21 @@ def expert_table(
     for heading in ("rank", "layer", "expert", "score", "95 % interval", "in A", "in B", ""):
         table.add_column(heading, justify="left" if not heading else "right")
     rows = {shape.layer: row for row, shape in enumerate(profile.model.layers)}
+    resampled = profile.evidence is not None and profile.evidence.pairs > 1
     value = scores_by_expert(profile)
     for rank, (layer, expert) in enumerate(ranked_experts(profile)[:top], start=1):
         cell = rows[layer], expert
         scores = profile.scores
         role = {(layer, expert): ""} | dict.fromkeys(profile.activated, "activated")
         role |= dict.fromkeys(profile.deactivated, "deactivated")
+        interval = f"{scores.low[cell]:+.3f} … {scores.high[cell]:+.3f}" if resampled else "–"
         words = [role[layer, expert], (marks or {}).get((layer, expert), "")]
         table.add_row(
             str(rank),
             str(layer),
             str(expert),
             f"{value[layer, expert]:+.3f}",
-            f"{scores.low[cell]:+.3f} … {scores.high[cell]:+.3f}",
+            interval,
             f"{scores.rate_a[cell]:.0%}",
             f"{scores.rate_b[cell]:.0%}",
             ", ".join(word for word in words if word),

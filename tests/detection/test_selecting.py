@@ -1,0 +1,86 @@
+"""From scores to a choice of experts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moesteer.detection.selecting import ranked_experts, scores_by_expert, select_experts
+from moesteer.errors import MoesteerError
+from moesteer.profile import LayerShape, ModelFacts, Profile, Scores
+
+MODEL = ModelFacts(
+    id="org/model",
+    revision=None,
+    model_type="mixtral",
+    config_hash="c",
+    tokenizer_hash="t",
+    family="softmax → top-k",
+    layers=(LayerShape(1, 4, 2), LayerShape(4, 3, 1)),
+)
+
+
+def scored(*rows: list[float]) -> Profile:
+    value = np.array(rows)
+    return Profile(model=MODEL, scores=Scores(value, value, value, value, value), name="p")
+
+
+# The fourth expert of layer 4 does not exist, whatever stands there.
+PROFILE = scored([0.1, -0.5, 0.3, 0.0], [-0.3, 0.4, -0.2, 9.0])
+
+
+def test_ranking_is_by_size_whatever_the_sign_and_equal_ones_keep_their_order():
+    order = [(1, 1), (4, 1), (1, 2), (4, 0), (4, 2), (1, 0), (1, 3)]
+    assert ranked_experts(PROFILE) == order
+    assert scores_by_expert(PROFILE)[4, 2] == -0.2
+    tied = scored([0.1] * 4, [-0.1] * 4)
+    assert ranked_experts(tied) == [(1, 0), (1, 1), (1, 2), (1, 3), (4, 0), (4, 1), (4, 2)]
+
+
+def test_toward_a():
+    chosen = select_experts(PROFILE, activate=2, deactivate=2, toward="a")
+    assert chosen.activated == ((4, 1), (1, 2))
+    assert chosen.deactivated == ((1, 1), (4, 0))
+    assert chosen.toward == "a"
+    assert chosen.scores is PROFILE.scores
+
+
+def test_toward_b_is_the_other_way_round():
+    chosen = select_experts(PROFILE, activate=2, deactivate=2, toward="b")
+    assert chosen.activated == ((1, 1), (4, 0))
+    assert chosen.deactivated == ((4, 1), (1, 2))
+    assert chosen.toward == "b"
+
+
+def test_a_new_choice_replaces_the_old_one():
+    first = select_experts(PROFILE, activate=2, deactivate=0, toward="a")
+    second = select_experts(first, activate=0, deactivate=1, toward="a")
+    assert second.activated == ()
+    assert second.deactivated == ((1, 1),)
+
+
+@pytest.mark.parametrize(
+    ("activate", "deactivate", "toward", "said"),
+    [
+        (4, 0, "a", r"p: 4 experts to activate toward a, but only 3 have a score of that sign"),
+        (0, 4, "a", r"4 experts to deactivate toward a, but only 3"),
+        (4, 0, "b", r"4 experts to activate toward b, but only 3"),
+        (3, 0, "b", r"2 experts are activated in layer 4 \(0, 2\).*k = 1"),
+        (-1, 0, "a", "can't be negative"),
+        (0, -1, "a", "can't be negative"),
+    ],
+)
+def test_refused(activate: int, deactivate: int, toward, said: str):
+    with pytest.raises(MoesteerError, match=said):
+        select_experts(PROFILE, activate=activate, deactivate=deactivate, toward=toward)
+
+
+def test_experts_that_make_no_difference_are_never_chosen():
+    with pytest.raises(MoesteerError, match="but only 0"):
+        select_experts(scored([0.0] * 4, [0.0] * 4), activate=1, deactivate=0, toward="a")
+
+
+def test_no_scores():
+    for profile in (Profile(name="hand"), replace(PROFILE, scores=None, name="hand")):
+        with pytest.raises(MoesteerError, match="hand holds no scores to select experts by"):
+            select_experts(profile, activate=1, deactivate=0, toward="a")

@@ -1,5 +1,7 @@
 """What the models route, unsteered and steered, is what the formulas of their families say."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -68,3 +70,29 @@ def test_routing_is_what_the_formula_says(model_type: str, overrides: dict) -> N
     with steer(model, profile, layers):
         check_routing(model, ids, by_layer)
     check_routing(model, ids, {})
+
+
+@pytest.mark.parametrize("name", ["zaya", "inkling_text"])
+def test_only_the_experts_logits_are_rewritten(name: str) -> None:
+    """Zaya's router is a small network; Inkling's scores its shared experts in the same map."""
+    model = tiny_model(name)
+    layer = checked_layers(model)[1]
+    calls: list[tuple[Any, ...]] = []
+    profile = Profile(((layer.layer, 1),), ((layer.layer, 2), (layer.layer, 4)))
+    with torch.no_grad(), steer(model, profile):
+        hook = layer.module.register_forward_hook(
+            lambda _module, *call: calls.append(call), with_kwargs=True
+        )
+        model(torch.arange(3, 15).view(1, 12))
+        hook.remove()
+    ((args, kwargs, output),) = calls
+    with torch.no_grad():
+        unsteered = layer.module(*args, **kwargs)
+
+    logits = unsteered[0].clone()
+    expected = logits.clone()
+    expected[:, 1] = logits.amax(-1) + 0.01
+    expected[:, [2, 4]] = logits.amin(-1, keepdim=True) - 0.01
+    torch.testing.assert_close(output[0], expected)
+    if name == "zaya":  # what the router hands on to the next layer's stays as it was
+        assert torch.equal(output[3], unsteered[3])

@@ -270,10 +270,11 @@ def test_top_1_counts_one_expert_a_token(run: Run, model_folder: Path, pairs_fil
 def test_built_in_pairs_and_chat_options(run: Run, model_folder: Path):
     arguments = ("--pairs", "testbed:refusal:dev", "--chat-option", "opening=Well", "--out", "p")
     assert run("detect", model_folder, *arguments).code == 0
-    evidence = Profile.load("p").evidence
+    profile = Profile.load("p")
+    evidence = profile.evidence
     assert evidence is not None
     assert evidence.source == "testbed:refusal:dev"
-    assert evidence.chat_options == {"opening": "Well"}
+    assert profile.chat_options == {"opening": "Well"}
     assert evidence.pairs > 10
 
 

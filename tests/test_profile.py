@@ -49,7 +49,6 @@ EVIDENCE = Evidence(
     target="reply",
     tokens_a=70,
     tokens_b=60,
-    chat_options={"enable_thinking": False, "effort": "low", "depth": 2, "share": 0.5},
     seed=3,
     interval="95% percentile bootstrap",
     versions={"python": "3.11"},
@@ -70,6 +69,7 @@ def full() -> Profile:
         rule="paper",
         dose=0.5,
         toward="b",
+        chat_options={"enable_thinking": False, "effort": "low", "depth": 2, "share": 0.5},
         model=MODEL,
         evidence=EVIDENCE,
         scores=scores(),
@@ -135,7 +135,7 @@ def test_json_for_programs():
     said = json.loads(full().to_json())
     assert said["activated"] == [[5, 2], [1, 0]]
     assert said["deactivated"] == [[1, 3], [2, 1], [5, 0]]
-    assert said["evidence"]["chat_options"] == EVIDENCE.chat_options
+    assert said["chat_options"] == full().chat_options
     assert len(said["scores"]) == 4 + 4 + 3  # the fourth expert of layer 5 does not exist
     last = said["scores"][-1]
     assert (last["layer"], last["expert"]) == (5, 2)
@@ -416,3 +416,29 @@ def test_another_chat_template_is_a_warning():
     with pytest.warns(MoesteerWarning, match="mine was made with another tokenizer"):
         check_model(profile, replace(MODEL, tokenizer_hash="other"))
     check_model(profile, MODEL)
+
+
+def test_other_weights_beside_the_same_routers_are_a_warning():
+    profile = Profile(activated=((1, 0),), model=replace(MODEL, layer_norms=(1.0, 2.0, 3.0)))
+    with pytest.warns(MoesteerWarning, match="layer 2: norm 2 in the profile, 2.1 in the model"):
+        check_model(profile, replace(MODEL, layer_norms=(1.0, 2.1, 3.0)))
+    check_model(profile, replace(MODEL, layer_norms=(1.00001, 2.0, 3.0)))
+
+
+def test_weights_that_cannot_be_compared_are_a_warning():
+    profile = Profile(activated=((1, 0),), model=MODEL)
+    with pytest.warns(MoesteerWarning, match="can't be compared"):
+        check_model(profile, replace(MODEL, router_norms=()))
+
+
+@pytest.mark.parametrize(("field", "value"), [("rule", "bogus"), ("toward", "A")])
+def test_a_word_that_is_none_is_refused(field: str, value: str):
+    with pytest.raises(MoesteerError, match=f"{field} is '{value}'"):
+        Profile(**{field: value})  # pyright: ignore[reportArgumentType]
+
+
+def test_profiles_of_other_chat_options_do_not_combine():
+    one, other = (Profile(chat_options={"enable_thinking": thinks}) for thinks in (True, False))
+    with pytest.raises(MoesteerError, match="different chat options"):
+        combine(one, other)
+    assert combine(one, one).chat_options == {"enable_thinking": True}

@@ -251,7 +251,7 @@ def chat(
     *,
     with_: str | None = None,
     system: str | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int = 128,
     temperature: float = 0.0,
     chat_option: list[str] | None = None,
     chat_template: str | None = None,

@@ -186,5 +186,5 @@ def merged_options(
     profile: Profile | None, options: Sequence[str]
 ) -> dict[str, bool | int | float | str]:
     """The chat options a profile was made with, overridden by those of the command line."""
-    made_with = profile.evidence.chat_options if profile and profile.evidence else {}
+    made_with = profile.chat_options if profile else {}
     return made_with | parse_chat_options(options)

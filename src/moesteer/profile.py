@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -29,6 +29,9 @@ Expert = tuple[int, int]
 
 Side = Literal["a", "b"]
 
+Rule = Literal["exact", "paper"]
+"""How logits are rewritten: see `moesteer.rules`."""
+
 UNKNOWN = "unknown"
 """What a profile says of its model where the scores' source did not name it; not compared."""
 
@@ -46,9 +49,10 @@ class LayerShape:
 class ModelFacts:
     """What a profile must know of its model to refuse another one.
 
-    `router_norms` are the Frobenius norms of each layer's router weights: they tell models of one
-    shape apart (a base model and its fine-tunes), whatever dtype they are loaded in. Empty where
-    the weights could not be read. `dtype` is what the model ran in; it is not compared.
+    The norms tell models of one shape apart, whatever dtype they are loaded in: `router_norms` of
+    each layer's router (rows weighted by expert, so that renumbered experts show), `layer_norms` of
+    the rest of the decoder layer (of stacked experts, the first). Empty where the weights could not
+    be read. `dtype` is what the model ran in; it is not compared.
     """
 
     id: str
@@ -59,6 +63,7 @@ class ModelFacts:
     family: str
     layers: tuple[LayerShape, ...]
     router_norms: tuple[float, ...] = ()
+    layer_norms: tuple[float, ...] = ()
     dtype: str = UNKNOWN
 
     def shape_of(self, layer: int) -> LayerShape | None:
@@ -77,7 +82,6 @@ class Evidence:
     target: str
     tokens_a: int
     tokens_b: int
-    chat_options: dict[str, bool | int | float | str]
     seed: int
     interval: str
     versions: dict[str, str]
@@ -110,15 +114,22 @@ class Profile:
 
     activated: tuple[Expert, ...] = ()
     deactivated: tuple[Expert, ...] = ()
-    rule: Literal["exact", "paper"] = "exact"
+    rule: Rule = "exact"
     dose: float = 1.0
     toward: Side | None = None
+    chat_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     model: ModelFacts | None = None
     evidence: Evidence | None = None
     scores: Scores | None = field(default=None, compare=False)
     name: str = "profile"
 
     def __post_init__(self) -> None:
+        for what, value, known in (
+            ("rule", self.rule, get_args(Rule)),
+            ("toward", self.toward, (*get_args(Side), None)),
+        ):
+            if value not in known:
+                raise MoesteerError(f"{self.name}: {what} is {value!r}; it must be one of {known}.")
         both = sorted(set(self.activated) & set(self.deactivated))
         if both:
             raise MoesteerError(
@@ -251,20 +262,44 @@ def check_model(profile: Profile, model: ModelFacts) -> None:
             MoesteerWarning,
             stacklevel=2,
         )
-    for shape, theirs, ours in zip(
-        model.layers, made_on.router_norms, model.router_norms, strict=False
-    ):
+    _check_weights(profile.name, made_on, model)
+    check_fits(profile, model.layers)
+
+
+def _check_weights(name: str, made_on: ModelFacts, model: ModelFacts) -> None:
+    """Refuse other routers; warn of other weights beside them, which fine-tuning may change."""
+    routers = zip(model.layers, made_on.router_norms, model.router_norms, strict=False)
+    for shape, theirs, ours in routers:
         if abs(theirs - ours) > NORM_TOLERANCE * theirs:
             raise MoesteerError(
-                f"{profile.name} was made on {made_on.id}, whose weights differ from those of"
-                f" {model.id}: the router of layer {shape.layer} has norm {theirs:.6g} in the"
-                f" profile and {ours:.6g} in the model. Detect again on this model."
+                f"{name} was made on {made_on.id}, whose weights differ from those of {model.id}:"
+                f" the router of layer {shape.layer} has norm {theirs:.6g} in the profile and"
+                f" {ours:.6g} in the model. Detect again on this model."
             )
-    check_fits(profile, model.layers)
+    layers = zip(model.layers, made_on.layer_norms, model.layer_norms, strict=False)
+    for shape, theirs, ours in layers:
+        if abs(theirs - ours) > NORM_TOLERANCE * theirs:
+            warnings.warn(
+                f"{name} was made on {made_on.id}; {model.id} has the same routers but other"
+                f" weights (layer {shape.layer}: norm {theirs:.6g} in the profile, {ours:.6g} in"
+                " the model): a fine-tuned or quantised relative. Check that it still steers.",
+                MoesteerWarning,
+                stacklevel=3,
+            )
+            return
+    if made_on.id != UNKNOWN and not (made_on.router_norms and model.router_norms):
+        warnings.warn(
+            f"{name}: whether it was made on the weights of {model.id} can't be compared (offloaded"
+            " weights have no norms); layers, experts and config are the same.",
+            MoesteerWarning,
+            stacklevel=3,
+        )
 
 
 def combine(*profiles: Profile) -> Profile:
     """One profile that does what all of them do; MoesteerError where they contradict."""
+    if not profiles:
+        raise MoesteerError("there is nothing to combine: give at least one profile.")
     first, *others = profiles
     models = [profile.model for profile in profiles if profile.model is not None]
     for other in others:
@@ -272,6 +307,11 @@ def combine(*profiles: Profile) -> Profile:
             raise MoesteerError(
                 f"{first.name} (rule {first.rule}, dose {first.dose}) and {other.name} (rule"
                 f" {other.rule}, dose {other.dose}) can't be combined; they steer differently."
+            )
+        if other.chat_options != first.chat_options:
+            raise MoesteerError(
+                f"{first.name} and {other.name} were made with different chat options:"
+                f" {first.chat_options} and {other.chat_options}."
             )
         if other.model is not None:
             check_model(other, models[0])

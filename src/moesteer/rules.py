@@ -18,14 +18,9 @@ nothing is steered, and a selection bias can undo a lifted logit: hence `exact` 
 A dose d in [0, 1] goes only part of the way, z + d·(rewritten − z), and promises no selection.
 """
 
-from typing import Literal, get_args
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-
-Rule = Literal["exact", "paper"]
-RULES: tuple[str, ...] = get_args(Rule)
 
 MARGIN = 0.01
 """ε of the paper, in logits."""

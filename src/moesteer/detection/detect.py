@@ -69,12 +69,12 @@ def detect(
             target=", ".join(dict.fromkeys(side.target for p in pairs for side in (p.a, p.b))),
             tokens_a=tokens_a,
             tokens_b=tokens_b,
-            chat_options=options,
             seed=seed,
             interval=f"{LEVEL:.0%} percentile bootstrap over pairs, {RESAMPLES} resamples",
             versions=installed_versions(),
             command=command,
         ),
+        chat_options=options,
         scores=Scores(risk_difference(counts), low, high, rate_a, rate_b),
         name=source,
     )

@@ -48,7 +48,6 @@ def profile_from_ranking(path: str, *, top_k: int, command: str = "") -> Profile
             target="as published",
             tokens_a=int(ranking.n1.max()),
             tokens_b=int(ranking.n2.max()),
-            chat_options={},
             seed=0,
             interval="none: a published ranking has no examples to resample",
             versions=installed_versions(),

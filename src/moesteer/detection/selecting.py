@@ -23,6 +23,8 @@ def select_experts(profile: Profile, *, activate: int, deactivate: int, toward: 
         raise MoesteerError(
             "nothing is to be steered: say how many experts to activate or to deactivate."
         )
+    if toward not in ("a", "b"):
+        raise MoesteerError(f"toward is {toward!r}; it must be 'a' or 'b'.")
     sign = 1 if toward == "a" else -1
     ranked = ranked_experts(profile)
     value = scores_by_expert(profile)

@@ -27,6 +27,7 @@ from moesteer.engines.seam import SelectionCounts, observe
 from moesteer.engines.steering import UNSTEERED, checked_layers, layer_shapes, steer
 from moesteer.errors import MoesteerError
 from moesteer.profile import ModelFacts, Profile, check_model
+from moesteer.records import first_line
 
 HASHED_CONFIG = (
     "model_type",
@@ -141,9 +142,12 @@ class TransformersEngine:
         longest = max(map(len, encoded))
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded])
         attention = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in encoded])
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+        # What a model's own generation config may add (penalties, cuts) is left out: nothing that
+        # the caller did not ask for decides a reply.
+        sampling: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+        sampling |= {"temperature": None, "top_p": None, "top_k": None}
         if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature}
+            sampling |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         distinct = {id(profile) for profile in profiles}
         device = input_device(self.model)
         together = profiles[0] if len(distinct) == 1 else profiles
@@ -190,14 +194,14 @@ def load_transformers(
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except Exception as error:  # whatever transformers says of other people's files
         raise MoesteerError(
-            f"{model} has no tokenizer that transformers can load: {_first_line(error)}"
+            f"{model} has no tokenizer that transformers can load: {first_line(error)}"
         ) from error
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, device_map=device_map or _default_device()
         )
     except Exception as error:
-        raise MoesteerError(f"{model} can't be loaded: {_first_line(error)}") from error
+        raise MoesteerError(f"{model} can't be loaded: {first_line(error)}") from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return TransformersEngine(loaded, tokenizer, id=model, revision=revision)
@@ -217,10 +221,12 @@ def read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
     if looks_local and not (Path(path) / "config.json").is_file():
         raise MoesteerError(f"{path} holds no model: there is no {Path(path) / 'config.json'}.")
+    if looks_local and revision is not None:
+        raise MoesteerError(f"{path} is a folder, which has no revisions; leave out --revision.")
     try:
         return AutoConfig.from_pretrained(path, revision=revision)
     except Exception as error:  # whatever transformers says of other people's files
-        raise MoesteerError(f"{path} can't be read as a model: {_first_line(error)}") from error
+        raise MoesteerError(f"{path} can't be read as a model: {first_line(error)}") from error
 
 
 def from_config(config: PreTrainedConfig) -> PreTrainedModel:
@@ -259,20 +265,46 @@ def _facts(
         tokenizer_hash=_hash(words + str(tokenizer.chat_template)),
         family="; ".join(dict.fromkeys(layer.family for layer in layers)),
         layers=shapes,
-        router_norms=_router_norms(layers),
+        router_norms=_norms(layers, _router_square),
+        layer_norms=_norms(layers, lambda layer: _rest_square(model, layer)),
         dtype=str(model.dtype).removeprefix("torch."),
     )
 
 
-def _router_norms(layers: list[MoELayer]) -> tuple[float, ...]:
-    """Frobenius norm of each router's weights; none at all where some are offloaded."""
-    weights = [list(layer.module.parameters()) for layer in layers]
-    if any(weight.is_meta for router in weights for weight in router):
-        return ()
-    return tuple(
-        float(torch.stack([w.detach().double().square().sum().cpu() for w in router]).sum().sqrt())
-        for router in weights
-    )
+def _norms(layers: list[MoELayer], square: Callable[[MoELayer], float | None]) -> tuple[float, ...]:
+    """The root of each layer's `square`; none at all where some weights are offloaded."""
+    squares = [square(layer) for layer in layers]
+    return tuple(s**0.5 for s in squares if s is not None) if None not in squares else ()
+
+
+def _router_square(layer: MoELayer) -> float | None:
+    """Sum of squares of a router's weights, rows weighted from 1 to 2 along the experts."""
+    total = 0.0
+    for weight in layer.module.parameters():
+        if weight.is_meta:
+            return None
+        rows = torch.linspace(1, 2, weight.shape[0] if weight.dim() else 1, dtype=torch.float64)
+        squares = weight.detach().double().cpu().square().flatten(1 if weight.dim() > 1 else 0)
+        total += float((squares.sum(-1) * rows).sum() if weight.dim() > 1 else squares.sum())
+    return total
+
+
+def _rest_square(model: PreTrainedModel, layer: MoELayer) -> float | None:
+    """Sum of squares of the decoder layer's other floating-point weights.
+
+    Of tensors that stack all experts only the first expert counts: enough to tell, and quick.
+    """
+    number = layer.name.split(".").index(str(layer.layer))
+    decoder_layer = model.get_submodule(".".join(layer.name.split(".")[: number + 1]))
+    routers = {id(weight) for weight in layer.module.parameters()}
+    total = 0.0
+    for weight in decoder_layer.parameters():
+        if weight.is_meta:
+            return None
+        if id(weight) not in routers and weight.is_floating_point():
+            part = weight[0] if weight.dim() > 2 else weight
+            total += float(part.detach().double().square().sum())
+    return total
 
 
 def _hash(text: str) -> str:
@@ -314,7 +346,3 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if isinstance(value, int):
             return value
     return 0
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -39,7 +39,7 @@ class Said:
 
     @property
     def records(self) -> list[dict]:
-        return [json.loads(line) for line in self.out.splitlines()]
+        return [json.loads(line) for line in self.out.split("\n") if line]
 
 
 Run = Callable[..., Said]
@@ -482,7 +482,8 @@ def test_prompts_from_arguments_files_and_stdin(run: Run, model_folder: Path):
     Path("out.jsonl").write_text("old")
     assert run(*base, stdin="one\n\ntwo three\n").out == arguments.out
     assert run(*base, "--file", "p.jsonl").out == arguments.out
-    assert run(*base, "--file", "p.jsonl", "--batch-size", 1).out == arguments.out
+    one_by_one = run(*base, "--file", "p.jsonl", "--batch-size", 1).records
+    assert [{**record, "batch_size": 16} for record in one_by_one] == arguments.records
     assert [r["prompt"].strip() for r in run(*base, "--file", "p.txt").records] == [
         "one",
         "two three",
@@ -667,10 +668,94 @@ def test_a_retry_that_fails_keeps_the_conversation(model_folder: Path):
     session = ChatSession(load_transformers(str(model_folder)), None, None, [], 6, 0)
     session.reply("hi")
     before = list(session.messages)
-    session.max_new_tokens = 3000
-    with pytest.raises(MoesteerError, match="context"):
+    session.engine.max_tokens = 4
+    with pytest.raises(MoesteerError, match="fills the model's context of 4"):
         session.command("/retry")
     assert session.messages == before
+
+
+def test_a_reply_is_no_longer_than_the_context_leaves_room_for(model_folder: Path):
+    from moesteer.chat_session import ChatSession
+    from moesteer.engines.transformers_engine import load_transformers
+
+    engine = load_transformers(str(model_folder))
+    session = ChatSession(engine, None, None, [], max_new_tokens=10**6, temperature=0)
+    engine.max_tokens = 40
+    session.reply("hi")
+    assert len(session.messages) == 2
+
+
+def test_chat_with_the_testbed_as_it_comes(run: Run):
+    said = run("chat", "testbed", stdin="How do I clean a copper lantern?\n")
+    assert said.out == "Wipe the lantern with warm water.\n"
+    assert "moesteer" not in said.err
+
+
+def test_an_output_is_never_an_input(
+    refused: Run, model_folder: Path, pairs_file: Path, made: dict[str, Path]
+):
+    Path("asked.jsonl").write_text('{"prompt": "hi"}\n')
+    Path("documents.jsonl").write_text('{"document": "It rains.", "question": "Does it?"}\n')
+    Path("link").symlink_to("asked.jsonl")
+    for command in (
+        ("generate", model_folder, "--file", "asked.jsonl", "--out", "asked.jsonl"),
+        ("generate", model_folder, "--file", "asked.jsonl", "--out", "link"),
+        ("generate", model_folder, "hi", "--with", made["chosen"], "--out", made["chosen"]),
+        ("detect", model_folder, "--pairs", pairs_file, "--out", pairs_file),
+        ("pairs", "document", "documents.jsonl", "--out", "documents.jsonl"),
+    ):
+        assert "would overwrite what is read" in refused(*command).err
+
+
+def test_an_output_link_stays_a_link(run: Run, model_folder: Path):
+    Path("real").write_text("old")
+    Path("link").symlink_to("real")
+    run("generate", model_folder, "hi", "--max-new-tokens", 2, "--out", "link")
+    assert Path("link").is_symlink()
+    assert Path("real").read_text().startswith('{"prompt": "hi"')
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--seed", -1), ("--activate", -3, "--toward", "a"), ("--activate", 999)]
+)
+def test_numbers_are_checked_before_anything_is_counted(
+    refused: Run, model_folder: Path, pairs_file: Path, wrong: tuple
+):
+    toward = () if "--toward" in wrong or "--seed" in wrong else ("--toward", "a")
+    said = refused("detect", model_folder, "--pairs", pairs_file, "--out", "p", *wrong, *toward)
+    assert "tokens/s" not in said.err
+
+
+def test_what_stands_beside_a_prompt_comes_back_with_the_reply(run: Run, model_folder: Path):
+    Path("p.jsonl").write_text('{"prompt": "a\u2028b", "id": 7, "label": ["x"]}\n')
+    Path("p.txt").write_text("a\u2028b\n")
+    base = ("generate", model_folder, "--max-new-tokens", 2, "--file")
+    record = run(*base, "p.jsonl").records[0]
+    assert (record["id"], record["label"], record["prompt"]) == (7, ["x"], "a\u2028b")
+    assert [r["prompt"] for r in run(*base, "p.txt").records] == ["a\u2028b"]
+
+
+def test_texts_that_no_tokenizer_reads(refused: Run, model_folder: Path):
+    assert "surrogate" in refused("generate", model_folder, "a\udcffb").err
+    assert "NUL" in refused("generate", model_folder, "a\0b").err
+    Path("p.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    said = refused("generate", model_folder, "--file", "p.jsonl")
+    assert "p.jsonl:1: the last message is the assistant's" in said.err
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "testbed", "show PROFILE"])
+def test_whoever_stops_reading_is_no_error_and_a_full_disk_is_one(
+    command: str, made: dict[str, Path]
+):
+    words = command.replace("PROFILE", str(made["scored"]))
+    program = f"{sys.executable} -m moesteer {words}"
+    for shell, code in ((f"{program} | true", 0), (f"{program} > /dev/full", 2)):
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
 
 
 @pytest.mark.parametrize("more", [("--max-new-tokens", "0"), ("--chat-option", "x")])

@@ -276,10 +276,12 @@ def test_half_a_line_of_a_killed_run_is_dropped(path: Path):
 
 def test_lines_of_another_making_are_not_taken_up(path: Path):
     stop_after(path, "one")
-    with growing_lines(path, "y") as (kept, add):
-        assert kept == 0
-        add(["other"])
-    assert path.read_text() == "other\n"
+    lines = growing_lines(path, "y")
+    with pytest.raises(MoesteerError, match="other prompts or settings left 1 lines"), lines:
+        pass
+    with growing_lines(path, "x") as (kept, _):
+        assert kept == 1
+    assert path.read_text() == "one\n"
 
 
 def test_a_run_that_made_nothing_leaves_nothing(path: Path):

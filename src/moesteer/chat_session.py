@@ -9,6 +9,7 @@ from moesteer.contrast import Message
 from moesteer.errors import MoesteerError
 from moesteer.generate import check_limits, check_steers, merged_options
 from moesteer.profile import Profile, check_model
+from moesteer.records import check_text
 from moesteer.report.terminal import evidence_lines
 
 if TYPE_CHECKING:
@@ -53,16 +54,30 @@ class ChatSession:
         applied = self.profile if self.steering else None
         opening = [] if self.system is None else [Message("system", self.system)]
         asked = [*opening, *self.messages, Message("user", text)]
+        check_text(text, "your line")
         options = merged_options(self.profile, self.options)
+        prompt = render_prompt(asked, self.engine.tokenizer, options)
         generated = self.engine.generate(
-            [render_prompt(asked, self.engine.tokenizer, options)],
+            [prompt],
             applied,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=min(self.max_new_tokens, self._room(prompt)),
             temperature=self.temperature,
         )
         answer = generated.replies[0]
         self.messages += [Message("user", text), Message("assistant", answer)]
         return answer, evidence_lines(generated.evidence)
+
+    def _room(self, prompt: str) -> int:
+        """Tokens that the context leaves for a reply; MoesteerError where it is full."""
+        if self.engine.max_tokens is None:
+            return self.max_new_tokens
+        used = len(self.engine.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        if used >= self.engine.max_tokens:
+            raise MoesteerError(
+                f"the conversation has {used} tokens, which fills the model's context of"
+                f" {self.engine.max_tokens}. Begin anew with /new."
+            )
+        return self.engine.max_tokens - used
 
     def command(self, line: str) -> tuple[str, list[str]]:
         """Do what a line that begins with / says; what to tell the user."""
@@ -101,6 +116,8 @@ class ChatSession:
 
 def talk(session: ChatSession) -> None:
     """Read lines until /quit or the end of input; mistakes are said, the conversation goes on."""
+    if sys.stdin is None:
+        return
     interactive = sys.stdin.isatty()
     if interactive:
         print(HELP)
@@ -109,6 +126,8 @@ def talk(session: ChatSession) -> None:
             line = input(f"[{session.status}] > " if interactive else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise MoesteerError(f"standard input is not UTF-8: {error}.") from None
         if line == "/quit":
             return
         if not line:

@@ -5,6 +5,7 @@ importing anything but the standard library. Everything else is imported by the 
 it; the parser itself is made from the signatures (cyclopts).
 """
 
+import errno
 import os
 import sys
 import warnings
@@ -15,6 +16,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 if TYPE_CHECKING:
     from moesteer.engines.transformers_engine import TransformersEngine
+    from moesteer.profile import Profile
 
 
 def demo() -> None:
@@ -80,17 +82,14 @@ def detect(
     seed
         Seed of the intervals.
     """
-    from pathlib import Path
-
     from moesteer.chat import parse_chat_options
     from moesteer.contrast import read_pairs
     from moesteer.detection.command import detect_to_file
-    from moesteer.files import check_writable
     from moesteer.report.progress import counted_progress
     from moesteer.report.terminal import print_text, profile_page
 
     options = parse_chat_options(chat_option or [])
-    check_writable(Path(out))
+    _check_out(out, pairs)
     read = read_pairs(pairs)
     engine = _load(model, revision, dtype, device, chat_template)
     with counted_progress("detect", "tokens") as progress:
@@ -134,8 +133,8 @@ def select(
 
     chosen = select_experts(
         Profile.load(profile), activate=activate, deactivate=deactivate, toward=toward
-    )
-    chosen.save(out)
+    ).made_by(_command())
+    _save(chosen, out)
     print_text(profile_page(chosen, top=10))
     print_text(f"written: {out}")
 
@@ -152,9 +151,12 @@ def show(profile: str, /, *, json: bool = False, top: int = 20) -> None:
     top
         How many experts to list.
     """
+    from moesteer.errors import MoesteerError
     from moesteer.profile import Profile
     from moesteer.report.terminal import print_text, profile_page
 
+    if top < 0:
+        raise MoesteerError(f"--top is {top}; it can't be negative.")
     loaded = Profile.load(profile)
     if json:
         print(loaded.to_json())
@@ -216,15 +218,12 @@ def generate(
     seed
         Seed of sampling.
     """
-    from pathlib import Path
-
-    from moesteer.files import check_writable
     from moesteer.generate import generate_to, read_prompts
     from moesteer.report.progress import counted_progress
     from moesteer.report.terminal import evidence_lines
 
     if out is not None:
-        check_writable(Path(out))
+        _check_out(out, file, with_)
     asked = read_prompts(prompts, file, system)
     profile = _profile(with_)
     engine = _load(model, revision, dtype, device, chat_template)
@@ -326,6 +325,7 @@ def pairs_refusal(source: str, /, *, out: str, refusals: str | None = None, seed
     from moesteer.pair_builders import DEFAULT_REFUSALS, read_refusals, refusal_pairs, write_pairs
 
     phrases = read_refusals(refusals) if refusals else DEFAULT_REFUSALS
+    _check_out(out, source, refusals)
     write_pairs(refusal_pairs(source, phrases, seed), out)
 
 
@@ -341,6 +341,7 @@ def pairs_document(source: str, /, *, out: str) -> None:
     """
     from moesteer.pair_builders import document_pairs, write_pairs
 
+    _check_out(out, source)
     write_pairs(document_pairs(source), out)
 
 
@@ -360,7 +361,7 @@ def import_ranking(file: str, /, *, top_k: int, out: str) -> None:
     from moesteer.report.terminal import print_text, profile_page
 
     profile = profile_from_ranking(file, top_k=top_k, command=_command())
-    profile.save(out)
+    _save(profile, out)
     print_text(profile_page(profile, top=10))
     print_text(f"written: {out}")
 
@@ -424,15 +425,34 @@ def overview() -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; exits with 0, with 2 where the user can mend it, with 1 where we must."""
     tokens = sys.argv[1:] if arguments is None else arguments
-    if not tokens or tokens in (["--help"], ["-h"]):
-        print(overview())
-        return
-    if tokens == ["--version"]:
-        from moesteer.version import __version__
+    try:
+        if not tokens or tokens in (["--help"], ["-h"]):
+            print(overview())
+            status = 0
+        elif tokens == ["--version"]:
+            from moesteer.version import __version__
 
-        print(f"moesteer {__version__}")
-        return
-    sys.exit(_run(tokens))
+            print(f"moesteer {__version__}")
+            status = 0
+        else:
+            status = _run(tokens)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read us has seen enough
+        status = _without_output(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF):
+            raise
+        _complain(f"standard output can't be written: {error.strerror}.")
+        status = _without_output(2)
+    if status or arguments is None:
+        sys.exit(status)
+
+
+def _without_output(status: int) -> int:
+    """Keep the interpreter from failing once more when it flushes standard output at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 def _run(tokens: list[str]) -> int:
@@ -464,11 +484,9 @@ def _run(tokens: list[str]) -> int:
     except MoesteerError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        _complain("interrupted. Started again, detect and generate --out go on from there.")
+        goes_on = tokens[0] == "detect" or (tokens[0] == "generate" and "--out" in tokens)
+        _complain("interrupted." + (" Started again, it goes on from there." if goes_on else ""))
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return 0
 
 
@@ -494,6 +512,23 @@ def _command() -> str:
     import shlex
 
     return shlex.join(["moesteer", *sys.argv[1:]])
+
+
+def _check_out(out: str, *inputs: str | None) -> None:
+    from pathlib import Path
+
+    from moesteer.files import check_writable
+
+    check_writable(Path(out), *inputs)
+
+
+def _save(profile: "Profile", out: str) -> None:
+    from pathlib import Path
+
+    from moesteer.files import sole_writer
+
+    with sole_writer(Path(out)):
+        profile.save(out)
 
 
 def _profile(path: str | None):

@@ -1,4 +1,8 @@
-"""Output files that are never half-written: written beside, moved into place, one run at a time."""
+"""Output files: never half-written, never an input, one run at a time, taken up after a kill.
+
+A file is written beside its place and moved there in one step (`write_atomically`); a lock keeps
+two runs apart (`sole_writer`); lines that take long grow beside it (`growing_lines`).
+"""
 
 import errno
 import fcntl
@@ -19,16 +23,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     writable, or the disk is full; the old file is then untouched.
     """
     check_writable(path)
+    target = Path(os.path.realpath(path))  # through a link, which stays one
     temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(**_beside(path))
+        handle, name = tempfile.mkstemp(**_beside(target))
         os.close(handle)
         temporary = Path(name)
         write(temporary)
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         raise MoesteerError(_why_not_written(path, error)) from error
     except Exception as error:
@@ -45,8 +50,14 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def check_writable(path: Path) -> None:
-    """Raise MoesteerError now, before hours of work, if `path` can't be written."""
+def check_writable(path: Path, *inputs: str | None) -> None:
+    """Raise MoesteerError now, before hours of work, if `path` can't be written.
+
+    Nor may it be one of the `inputs`, files that are read for it.
+    """
+    for read in filter(None, inputs):
+        if os.path.exists(read) and os.path.exists(path) and os.path.samefile(read, path):
+            raise MoesteerError(f"{path} would overwrite what is read; give another --out.")
     # os.path rather than Path: where a folder may not be entered, it says no instead of raising.
     if os.path.isdir(path):
         raise MoesteerError(f"{path} is a folder; give the name of a file to write.")
@@ -107,6 +118,11 @@ def growing_lines(path: Path, identity: str) -> Iterator[tuple[int, Callable[[li
     growing = path.parent / f".{path.name}.lines.partial"
     with sole_writer(path):
         kept = _complete_lines(growing)
+        if len(kept) > 1 and kept[0] != identity:
+            raise MoesteerError(
+                f"{path}: an interrupted run with other prompts or settings left {len(kept) - 1}"
+                f" lines. Repeat that one to go on with it, or delete {growing}."
+            )
         if kept[:1] != [identity]:
             kept = [identity]
 

@@ -4,9 +4,11 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import ConfigDict, Field
 
 from moesteer.chat import parse_chat_options, render_prompt
 from moesteer.contrast import Message, Turn
@@ -14,7 +16,7 @@ from moesteer.engines.base import summed
 from moesteer.errors import MoesteerError
 from moesteer.files import growing_lines
 from moesteer.profile import Profile
-from moesteer.records import Record, Text, check_record, read_records, read_text
+from moesteer.records import Record, Text, check_record, check_text, read_records, read_text
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine, LayerEvidence
@@ -29,46 +31,65 @@ class Prompt:
 
     messages: tuple[Message, ...]
     source: str
+    beside: Mapping[str, object] = field(default_factory=dict)
+    """What else the record held (an id, a label); it comes back with the reply."""
 
 
 class _OnePrompt(Record):
+    model_config = ConfigDict(extra="ignore", strict=True)  # labels and the like may stand beside
     prompt: Text
 
 
 class _Messages(Record):
-    messages: list[Turn]
+    model_config = ConfigDict(extra="ignore", strict=True)
+    messages: Annotated[list[Turn], Field(min_length=1)]
 
 
 def read_prompts(arguments: Sequence[str], file: str | None, system: str | None) -> list[Prompt]:
     """Prompts from the arguments, else the file, else standard input; MoesteerError if none."""
     if arguments and file:
         raise MoesteerError("give prompts as arguments or with --file, not both.")
-    if arguments:
-        read = [
-            ([Message("user", text)], f"prompt {number}")
-            for number, text in enumerate(arguments, start=1)
-        ]
-    elif file is not None and Path(file).suffix.lower() in (".jsonl", ".csv"):
+    if file is not None and Path(file).suffix.lower() in (".jsonl", ".csv"):
         records = read_records(file, required=("prompt",))
         read = [_from_record(record, where) for where, record in records]
     else:
-        text = read_text(Path(file)) if file is not None else sys.stdin.read()
+        name = "prompt" if arguments else (file or "standard input")
+        texts = arguments or _lines(file)
         read = [
-            ([Message("user", line)], f"{file or 'standard input'}:{number}")
-            for number, line in enumerate(text.splitlines(), start=1)
-            if line.strip()
+            Prompt((Message("user", text),), f"{name}{' ' if arguments else ':'}{number}")
+            for number, text in enumerate(texts, start=1)
+            if arguments or text.strip()
         ]
-    if not read or any(not m.content.strip() for messages, _ in read for m in messages):
+    if not read or any(not m.content.strip() for prompt in read for m in prompt.messages):
         raise MoesteerError("there is an empty prompt, or none at all; give at least one.")
-    opening = [] if system is None else [Message("system", system)]
-    return [Prompt((*opening, *messages), where) for messages, where in read]
+    for prompt in read:
+        for message in prompt.messages:
+            check_text(message.content, prompt.source)
+    opening = () if system is None else (Message("system", system),)
+    return [replace(prompt, messages=opening + prompt.messages) for prompt in read]
 
 
-def _from_record(record: dict[str, object], where: str) -> tuple[list[Message], str]:
-    if "messages" in record:
-        turns = check_record(_Messages, record, where).messages
-        return [Message(turn.role, turn.content) for turn in turns], where
-    return [Message("user", check_record(_OnePrompt, record, where).prompt)], where
+def _lines(file: str | None) -> list[str]:
+    # Not splitlines(): a prompt may hold U+2028 and the like.
+    return (read_text(Path(file)) if file is not None else _standard_input()).split("\n")
+
+
+def _standard_input() -> str:
+    try:
+        return "" if sys.stdin is None else sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise MoesteerError(f"standard input is not UTF-8: {error}.") from None
+
+
+def _from_record(record: dict[str, object], where: str) -> Prompt:
+    beside = {key: value for key, value in record.items() if key not in ("prompt", "messages")}
+    if "messages" not in record:
+        text = check_record(_OnePrompt, record, where).prompt
+        return Prompt((Message("user", text),), where, beside)
+    turns = check_record(_Messages, record, where).messages
+    if turns[-1].role == "assistant":
+        raise MoesteerError(f"{where}: the last message is the assistant's already.")
+    return Prompt(tuple(Message(turn.role, turn.content) for turn in turns), where, beside)
 
 
 def generate_to(
@@ -92,9 +113,21 @@ def generate_to(
     stopped, and the proof covers the prompts asked now. Prompts are asked in groups of `GROUP`
     batches, each with a seed of its own, so that the replies don't depend on interruptions.
     """
-    check_limits(max_new_tokens, temperature, batch_size)
+    check_limits(max_new_tokens, temperature, batch_size, seed)
     check_steers(profile)
-    rendered = _rendered(engine, prompts, merged_options(profile, options), max_new_tokens)
+    chat_options = merged_options(profile, options)
+    rendered = _rendered(engine, prompts, chat_options, max_new_tokens)
+    made = {
+        "profile": None if profile is None else profile.name,
+        "profile_hash": None if profile is None else _hash(profile.to_json()),
+        "model": engine.facts.id,
+        "revision": engine.facts.revision,
+        "chat_options": chat_options,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
     group = GROUP * batch_size
     evidence: list[LayerEvidence] = []
     told = progress or (lambda done, total: None)
@@ -113,15 +146,9 @@ def generate_to(
         told(min(start + group, len(prompts)), len(prompts))
         return [
             json.dumps(
-                {
-                    "prompt": prompt.messages[-1].content,
-                    "reply": reply,
-                    "profile": None if profile is None else profile.name,
-                    "model": engine.facts.id,
-                    "max_new_tokens": max_new_tokens,
-                    "temperature": temperature,
-                    "seed": seed,
-                },
+                {**prompt.beside, "prompt": prompt.messages[-1].content, "reply": reply}
+                | ({} if len(prompt.messages) == 1 else {"messages": _as_dicts(prompt.messages)})
+                | made,
                 ensure_ascii=False,
             )
             for prompt, reply in zip(prompts[chosen], generated.replies, strict=True)
@@ -132,15 +159,21 @@ def generate_to(
         for start in range(0, len(prompts), group):
             print("\n".join(lines(start)), flush=True)
     else:
-        made = [rendered, max_new_tokens, temperature, batch_size, seed, asdict(engine.facts)]
-        steered = None if profile is None else json.loads(profile.to_json())
-        text = json.dumps([made, steered], sort_keys=True, default=str)
-        identity = hashlib.sha256(text.encode()).hexdigest()
+        text = json.dumps([rendered, made, asdict(engine.facts)], sort_keys=True)
+        identity = _hash(text)
         with growing_lines(Path(out), identity) as (done, add):
             told(done, len(prompts))
             for start in range(done // group * group, len(prompts), group):
                 add(lines(start)[max(0, done - start) :])
     return summed(evidence)
+
+
+def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [asdict(message) for message in messages]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _rendered(
@@ -162,15 +195,18 @@ def _rendered(
     return rendered
 
 
-def check_limits(max_new_tokens: int, temperature: float, batch_size: int = 1) -> None:
-    """MoesteerError where a number of the command line is too small."""
+def check_limits(
+    max_new_tokens: int, temperature: float, batch_size: int = 1, seed: int = 0
+) -> None:
+    """MoesteerError where a number of the command line is out of range."""
     for name, value, least in (
         ("max-new-tokens", max_new_tokens, 1),
         ("temperature", temperature, 0),
         ("batch-size", batch_size, 1),
+        ("seed", seed, 0),
     ):
-        if not value >= least:
-            raise MoesteerError(f"--{name} is {value}; it must be at least {least}.")
+        if not least <= value < 2**62:
+            raise MoesteerError(f"--{name} is {value}; it must be at least {least}, and finite.")
 
 
 def check_steers(profile: Profile | None) -> None:

@@ -155,6 +155,13 @@ class Profile:
     def steered_layers(self) -> tuple[int, ...]:
         return tuple(sorted({layer for layer, _ in (*self.activated, *self.deactivated)}))
 
+    def made_by(self, command: str) -> "Profile":
+        """The same, with one more command in the line of those that made it."""
+        if self.evidence is None:
+            return self
+        commands = " && ".join(filter(None, (self.evidence.command, command)))
+        return replace(self, evidence=replace(self.evidence, command=commands))
+
     def reversed(self) -> "Profile":
         """The sign-reversed profile: activated and deactivated swapped."""
         other: dict[str | None, Side | None] = {"a": "b", "b": "a", None: None}

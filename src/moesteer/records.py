@@ -175,6 +175,14 @@ def _visible_text(text: str) -> str:
 Text = Annotated[str, AfterValidator(_visible_text)]
 
 
+def check_text(text: str, source: str) -> None:
+    """MoesteerError, beginning with `source`, for a text that no tokenizer could read."""
+    try:
+        _visible_text(text)
+    except ValueError as error:
+        raise MoesteerError(f"{source}: the text {error}") from None
+
+
 class Record(BaseModel):
     """The form of one record from outside: no unknown keys, no conversion of types."""
 

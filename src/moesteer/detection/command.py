@@ -39,6 +39,13 @@ def detect_to_file(
             "say both how many experts to steer (--activate, --deactivate) and towards which side"
             " (--toward), or neither, to keep all scores for `moesteer select`."
         )
+    if min(activate, deactivate, seed) < 0:
+        raise MoesteerError("--activate, --deactivate and --seed can't be negative.")
+    experts = sum(layer.experts for layer in engine.facts.layers)
+    if activate + deactivate > experts:
+        raise MoesteerError(
+            f"{activate + deactivate} experts to steer, but {engine.facts.id} has {experts}."
+        )
     path = Path(out)
     checkpoint = path.parent / f".{path.name}.counts.partial"
     with sole_writer(path):

@@ -78,7 +78,7 @@ def count_routing(
             if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
                 state.save(checkpoint, identity)
                 saved = time.monotonic()
-    except KeyboardInterrupt:
+    except BaseException:  # whatever stops the run, what was counted is kept
         if checkpoint is not None:
             state.save(checkpoint, identity)
         raise

@@ -1,10 +1,9 @@
 """What `moesteer demo` prints."""
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -12,7 +11,7 @@ from rich.text import Text
 from moesteer import testbed
 from moesteer.demo import MEASURED, PROBES, SEEDS, TARGET, BehaviourResult, DemoResult, Direction
 from moesteer.profile import Expert
-from moesteer.report.terminal import expert_table, heat_map, named
+from moesteer.report.terminal import expert_table, heat_map, named, print_text
 from moesteer.testbed.world import Probe
 
 TOP = 8
@@ -43,11 +42,7 @@ Next, on your own model:
 
 def print_demo(result: DemoResult) -> None:
     """Print the whole demonstration; without a terminal in plain text."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=int(os.environ.get("COLUMNS", "110")), color_system=None)
-    for part in demo_parts(result):
-        console.print(part)
+    print_text(*demo_parts(result), width=110)
 
 
 def demo_parts(result: DemoResult) -> Iterator[RenderableType]:

@@ -150,12 +150,20 @@ def named(experts: Sequence[Expert]) -> str:
     )
 
 
-def print_text(renderable: RenderableType, *, width: int | None = None) -> None:
-    """To standard output; without a terminal: plain text, not cut at 80 columns."""
-    console = Console()
+def print_text(*renderables: RenderableType, width: int = 200) -> None:
+    """To standard output; without a terminal: plain text, `width` columns, not cut at 80."""
+    console = _Console()
     if not console.is_terminal:
-        console = Console(width=width or 200, color_system=None)
-    console.print(renderable)
+        console = _Console(width=width, color_system=None)
+    for renderable in renderables:
+        console.print(renderable)
+
+
+class _Console(Console):
+    """Leaves a closed pipe to the command line, which knows what to exit with."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def examination_page(found: "Examination") -> RenderableType:

@@ -84,7 +84,7 @@ def detect(
     """
     from moesteer.chat import parse_chat_options
     from moesteer.contrast import read_pairs
-    from moesteer.detection.command import detect_to_file
+    from moesteer.detection.detect_to_file import detect_to_file
     from moesteer.report.progress import counted_progress
     from moesteer.report.terminal import print_text, profile_page
 

@@ -6,20 +6,21 @@ experts in the same layers, and with the decoys alone. This file computes; `repo
 prints.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moesteer.chat import render_prompt
-from moesteer.contrast import Message, parse_pair
+from moesteer.contrast import Message, read_pairs
 from moesteer.detection.detect import detect
 from moesteer.detection.selecting import select_experts
 from moesteer.engines.base import Engine
-from moesteer.errors import MoesteerError
+from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.evaluation.controls import random_control
 from moesteer.profile import Profile, Side
 from moesteer.testbed import ground_truth
-from moesteer.testbed.world import BEHAVIOURS, Probe, contrast_pairs, outcome, probes
+from moesteer.testbed.world import BEHAVIOURS, Probe, outcome, probes
 
 CHOICES = (1, 2, 3, 4, 6, 8)
 """How many experts may be steered; the number is chosen on the dev prompts."""
@@ -89,11 +90,8 @@ def run_demo(engine: Engine, step: Callable[[str], None] = lambda _: None) -> De
     results = []
     for behaviour in BEHAVIOURS:
         step(f"{behaviour}: finding experts")
-        pairs = [
-            parse_pair(record, f"testbed:{behaviour}:{number}")
-            for number, record in enumerate(contrast_pairs(behaviour, "fit"), start=1)
-        ]
-        scores = detect(engine, pairs, source=f"testbed:{behaviour}")
+        source = f"testbed:{behaviour}"
+        scores = detect(engine, read_pairs(source), source=source)
         toward: dict[Side, Direction] = {}
         for side in ("a", "b"):
             step(f"{behaviour}: steering towards {side.upper()}, and random experts beside it")
@@ -153,9 +151,12 @@ def _chosen_on_dev(engine: Engine, scores: Profile, behaviour: str, side: Side) 
 
 def steer_toward(scores: Profile, number: int, side: Side) -> Profile:
     """The `number` experts that go most with A: activated towards A, deactivated towards B."""
-    if side == "a":
-        return select_experts(scores, activate=number, deactivate=0, toward="a")
-    return select_experts(scores, activate=0, deactivate=number, toward="b")
+    with warnings.catch_warnings():
+        # Equal scores are no matter here: each number is judged by what it does on dev.
+        warnings.simplefilter("ignore", MoesteerWarning)
+        if side == "a":
+            return select_experts(scores, activate=number, deactivate=0, toward="a")
+        return select_experts(scores, activate=0, deactivate=number, toward="b")
 
 
 def _probes(split: str, tasks: Sequence[str] | None = None) -> list[Probe]:

@@ -66,9 +66,6 @@ class ModelFacts:
     layer_norms: tuple[float, ...] = ()
     dtype: str = UNKNOWN
 
-    def shape_of(self, layer: int) -> LayerShape | None:
-        return next((shape for shape in self.layers if shape.layer == layer), None)
-
 
 @dataclass(frozen=True)
 class Evidence:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moesteer.detection.selecting import ranked_experts, scores_by_expert, select_experts
-from moesteer.errors import MoesteerError
+from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.profile import LayerShape, ModelFacts, Profile, Scores
 
 MODEL = ModelFacts(
@@ -84,3 +84,12 @@ def test_no_scores():
     for profile in (Profile(name="hand"), replace(PROFILE, scores=None, name="hand")):
         with pytest.raises(MoesteerError, match="hand holds no scores to select experts by"):
             select_experts(profile, activate=1, deactivate=0, toward="a")
+
+
+def test_a_cut_through_equal_scores_is_said():
+    tied = scored([0.4, 0.4, 0.4, 0.1], [0.0, 0.0, 0.0, 0.0])
+    with pytest.warns(MoesteerWarning, match=r"3 experts share the score \+0.400"):
+        chosen = select_experts(tied, activate=2, deactivate=0, toward="a")
+    assert chosen.activated == ((1, 0), (1, 1))
+    with pytest.raises(MoesteerError, match="toward is 'A'"):
+        select_experts(tied, activate=1, deactivate=0, toward="A")  # pyright: ignore

@@ -70,7 +70,11 @@ def detect(
             tokens_a=tokens_a,
             tokens_b=tokens_b,
             seed=seed,
-            interval=f"{LEVEL:.0%} percentile bootstrap over pairs, {RESAMPLES} resamples",
+            interval=(
+                f"{LEVEL:.0%} percentile bootstrap over pairs, {RESAMPLES} resamples"
+                if len(pairs) > 1
+                else "none: one pair can't be resampled"
+            ),
             versions=installed_versions(),
             command=command,
         ),

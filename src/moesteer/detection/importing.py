@@ -1,4 +1,4 @@
-"""Published rankings as profiles: scores without intervals' worth of examples behind them."""
+"""Published rankings as profiles: pooled counts, so scores without intervals."""
 
 import hashlib
 from pathlib import Path

@@ -5,11 +5,12 @@ and those that go with B deactivated; towards B the other way round. A layer can
 than k experts: a surplus is an error that names it, never dropped in silence.
 """
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
 
-from moesteer.errors import MoesteerError
+from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.profile import Expert, Profile, Side
 
 
@@ -38,6 +39,15 @@ def select_experts(profile: Profile, *, activate: int, deactivate: int, toward: 
             raise MoesteerError(
                 f"{profile.name}: {wanted} experts to {what} toward {toward}, but only"
                 f" {len(found)} have a score of that sign."
+            )
+        if 0 < wanted < len(found) and value[found[wanted - 1]] == value[found[wanted]]:
+            cut = value[found[wanted]]
+            tied = sum(value[expert] == cut for expert in found)
+            warnings.warn(
+                f"{profile.name}: {tied} experts share the score {cut:+.3f} at which the {wanted}"
+                f" to {what} were cut off; the first of them by layer and number were taken.",
+                MoesteerWarning,
+                stacklevel=2,
             )
     return replace(
         profile,

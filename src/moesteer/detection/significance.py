@@ -2,6 +2,9 @@
 
 The unit that is drawn is the pair, not the token: the tokens of one text go the same way together,
 and treating them as independent calls nearly every expert significant.
+
+A percentile interval knows only what was seen: with few pairs it is too narrow, and where every
+token of every pair did the same (a score of ±1) it has no width at all.
 """
 
 import numpy as np

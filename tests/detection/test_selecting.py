@@ -1,5 +1,6 @@
 """From scores to a choice of experts."""
 
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -91,5 +92,10 @@ def test_a_cut_through_equal_scores_is_said():
     with pytest.warns(MoesteerWarning, match=r"3 experts share the score \+0.400"):
         chosen = select_experts(tied, activate=2, deactivate=0, toward="a")
     assert chosen.activated == ((1, 0), (1, 1))
+
+
+def test_a_side_that_is_none_is_refused():
+    # Past the tests' own type checks, which would refuse it first.
+    unchecked = inspect.unwrap(select_experts)
     with pytest.raises(MoesteerError, match="toward is 'A'"):
-        select_experts(tied, activate=1, deactivate=0, toward="A")  # pyright: ignore
+        unchecked(PROFILE, activate=1, deactivate=0, toward="A")  # pyright: ignore

@@ -128,8 +128,12 @@ def selection(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | None:
     for position, index in enumerate(tensors):
         if not index.dtype.is_floating_point and index.dtype != torch.bool:
             weights = [t for t in tensors[position + 1 :] if t.shape == index.shape]
-            return (index.flatten(0, -2), weights[0].flatten(0, -2)) if weights else None
+            return (_by_token(index), _by_token(weights[0])) if weights else None
     return None
+
+
+def _by_token(values: Tensor) -> Tensor:
+    return values if values.dim() == 2 else values.flatten(0, -2)
 
 
 def dense_selection(output: object, top_k: int) -> tuple[Tensor, Tensor]:
@@ -242,20 +246,28 @@ def _traced(router: Router, trace: _Trace) -> Iterator[None]:
 
 
 def wrap_forward(module: nn.Module, mode: Callable[[], TorchFunctionMode]) -> Callable[[], None]:
-    """Run each forward of the module under a new torch-function mode; returns the exact undo.
+    """Run each forward of the module under a new torch-function mode; returns the exact undo."""
+    inner = module.forward
 
-    A forward that somebody else set on the instance (accelerate does) is wrapped, and put back. One
-    that wraps ours meanwhile stays, and ours only passes on from then.
+    def forward(*args, **kwargs):
+        with mode():
+            return inner(*args, **kwargs)
+
+    return replace_forward(module, forward)
+
+
+def replace_forward(module: nn.Module, other: Callable) -> Callable[[], None]:
+    """Run another forward in place of the module's; returns the exact undo.
+
+    A forward that somebody else set on the instance (accelerate does) is put back. One that wraps
+    ours meanwhile stays, and ours only passes on from then.
     """
     own = module.__dict__.get("forward")
     inner = module.forward
     active = True
 
     def forward(*args, **kwargs):
-        if not active:
-            return inner(*args, **kwargs)
-        with mode():
-            return inner(*args, **kwargs)
+        return (other if active else inner)(*args, **kwargs)
 
     def undo() -> None:
         nonlocal active

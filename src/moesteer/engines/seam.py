@@ -10,6 +10,8 @@ detecting), and `SelectionCounts` holds how often each slot's tokens selected ea
 """
 
 from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,13 +23,15 @@ from moesteer.engines.routers import (
     TOP_K,
     MoELayer,
     dense_selection,
+    replace_forward,
     selection,
     top_k_scores,
     wrap_forward,
 )
+from moesteer.engines.straight import StraightRouter
 from moesteer.errors import MoesteerError
 from moesteer.profile import Profile
-from moesteer.rules import guarded_scores, rewritten_logits
+from moesteer.rules import guard_bounds, rewritten_logits
 
 Undo = Callable[[], None]
 
@@ -100,6 +104,7 @@ class SelectionCounts:
             slots * layer.num_experts, dtype=torch.int64, device=layer.device
         )
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=layer.device)
+        self.waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(
         self,
@@ -110,18 +115,41 @@ class SelectionCounts:
         """Count one batch; without `slots` all tokens belong to slot 0."""
         chosen = (weights != 0).to(torch.int64)
         if slots is None:
-            self.selected.scatter_add_(0, index.reshape(-1), chosen.reshape(-1))
+            self.selected.put_(index, chosen, accumulate=True)
             self.tokens += index.shape[0]
         else:
             cell = index + (slots * self.num_experts).unsqueeze(-1)
-            self.selected.scatter_add_(0, cell.reshape(-1), chosen.reshape(-1))
+            self.selected.put_(cell, chosen, accumulate=True)
             self.tokens.scatter_add_(0, slots, torch.ones_like(slots))
 
+    def add_later(
+        self,
+        index: Int[Tensor, "token k"],
+        weights: Tensor,
+        slots: Int[Tensor, " token"] | None,
+    ) -> None:
+        """Count a batch; small ones (decoding) are kept, and counted 64 at a time by `settle`."""
+        if torch.compiler.is_compiling() or slots is not None or index.shape[0] > 64:
+            self.add(index, weights, slots)
+            return
+        self.waiting.append((index.clone(), weights.clone()))
+        if len(self.waiting) == 64:
+            self.settle()
+
+    def settle(self) -> None:
+        """Count what is waiting; done before anything is read."""
+        if self.waiting:
+            index, weights = zip(*self.waiting, strict=True)
+            self.waiting.clear()
+            self.add(torch.cat(index), torch.cat(weights), None)
+
     def zero(self) -> None:
+        self.waiting.clear()
         self.selected.zero_()
         self.tokens.zero_()
 
     def table(self) -> Int[Tensor, "slot expert"]:
+        self.settle()
         return self.selected.view(-1, self.num_experts)
 
 
@@ -138,28 +166,29 @@ class SteeredLayer:
         self.layer = layer
         self.activated: Bool[Tensor, "slot expert"] = table(layer.num_experts)
         self.deactivated: Bool[Tensor, "slot expert"] = table(layer.num_experts)
-        self.forced: Bool[Tensor, "slot expert"] = table(layer.num_experts)
-        self.forbidden: Bool[Tensor, "slot expert"] = table(layer.num_experts)
+        self.floor, self.ceiling = guard_bounds(self.activated, self.deactivated)
         self.paper: Bool[Tensor, "slot 1"] = table(1)
         self.dose: Float[Tensor, "slot 1"] = torch.ones(slots, 1, device=layer.device)
         self.evidence = SelectionCounts(layer, slots)
+        self.any_activated = self.any_deactivated = False
         self.any_paper = self.any_partial = self.any_guarded = False
 
     def write(self, profiles: list[Profile]) -> None:
         """Fill the tables, one profile a slot, and start the evidence anew."""
         for slot, profile in enumerate(profiles):
             activated, deactivated = profile.experts_of(self.layer.layer)
-            for table, experts, applies in (
-                (self.activated, activated, True),
-                (self.deactivated, deactivated, True),
-                (self.forced, activated, is_guarded(profile)),
-                (self.forbidden, deactivated, is_guarded(profile)),
-            ):
-                row = torch.zeros(table.shape[1], dtype=torch.bool)
-                row[experts] = applies
-                table[slot].copy_(row)
+            up, down = _mask(activated, self.activated), _mask(deactivated, self.deactivated)
+            self.activated[slot].copy_(up)
+            self.deactivated[slot].copy_(down)
+            promised = is_guarded(profile)
+            floor, ceiling = guard_bounds(up & promised, down & promised)
+            self.floor[slot].copy_(floor)
+            self.ceiling[slot].copy_(ceiling)
             self.paper[slot] = profile.rule == "paper"
             self.dose[slot] = profile.dose
+        layer = self.layer.layer
+        self.any_activated = any(profile.experts_of(layer)[0] for profile in profiles)
+        self.any_deactivated = any(profile.experts_of(layer)[1] for profile in profiles)
         self.any_paper = any(profile.rule == "paper" for profile in profiles)
         self.any_partial = any(profile.dose != 1 for profile in profiles)
         self.any_guarded = self.layer.guarded and any(map(is_guarded, profiles))
@@ -167,34 +196,49 @@ class SteeredLayer:
 
     def rewrite(self, logits: Tensor, rows: Rows) -> Tensor:
         """Steered router logits of one batch, shape as given."""
-        flat = logits.reshape(-1, logits.shape[-1])
-        slots = rows.of_tokens(flat.shape[0], flat.device)
-        routed = flat[:, : self.layer.num_experts]  # columns beyond belong to shared experts
+        flat, slots = _by_token(logits, rows)
+        width = self.layer.num_experts
+        routed = flat if flat.shape[-1] == width else flat[..., :width]  # beyond: shared experts
+        both = torch.compiler.is_compiling()  # so that other profiles need no new graph
         steered = rewritten_logits(
             routed,
-            _of(self.activated, slots),
-            _of(self.deactivated, slots),
+            _of(self.activated, slots) if both or self.any_activated else None,
+            _of(self.deactivated, slots) if both or self.any_deactivated else None,
             paper=_of(self.paper, slots) if self.any_paper else None,
             dose=_of(self.dose, slots).to(flat.dtype) if self.any_partial else None,
         )
-        if routed.shape != flat.shape:
-            steered = torch.cat((steered, flat[:, self.layer.num_experts :]), dim=-1)
-        return steered.view_as(logits)
+        if routed is not flat:
+            steered = torch.cat((steered, flat[..., width:]), dim=-1)
+        return steered if slots is None else steered.view_as(logits)
 
     def guard(self, scores: Tensor, rows: Rows) -> Tensor:
         """What the top-k should sort instead of `scores`, shape as given."""
-        flat = scores.reshape(-1, scores.shape[-1])
-        slots = rows.of_tokens(flat.shape[0], flat.device)
-        guarded = guarded_scores(flat, _of(self.forced, slots), _of(self.forbidden, slots))
-        return guarded.view_as(scores)
+        flat, slots = _by_token(scores, rows)
+        guarded = flat.clamp(_of(self.floor, slots), _of(self.ceiling, slots))
+        return guarded if slots is None else guarded.view_as(scores)
+
+    def top_k(self, func: Callable, args: tuple, kwargs: dict, rows: Rows) -> Any:
+        """The router's top-k: guarded where it chooses experts, with the real scores as values."""
+        scores = top_k_scores(args, kwargs)
+        if not self.any_guarded or scores.shape[-1] != self.layer.num_experts:
+            return func(*args, **kwargs)
+        options = {key: value for key, value in kwargs.items() if key != "input"}
+        index = func(self.guard(scores, rows), *args[1:], **options)[1]
+        return torch.return_types.topk((scores.gather(-1, index), index))
 
     def attach(self, rows: Rows) -> Undo:
         """Put the layer under its tables; the undo restores it exactly."""
 
         def see(index: Tensor, weights: Tensor) -> None:
-            self.evidence.add(index, weights, rows.of_tokens(index.shape[0], index.device))
+            self.evidence.add_later(index, weights, rows.of_tokens(index.shape[0], index.device))
 
-        undo_forward = wrap_forward(self.layer.module, lambda: _Rewriting(self, rows))
+        straight = _straight(self.layer)
+        if straight is None or "forward" in self.layer.module.__dict__:
+            undo_forward = wrap_forward(self.layer.module, lambda: _Rewriting(self, rows))
+        else:
+            straight.rewrite = lambda logits: self.rewrite(logits, rows)
+            straight.top_k = lambda func, args, kwargs: self.top_k(func, args, kwargs, rows)
+            undo_forward = replace_forward(self.layer.module, straight.forward)
         undo_observer = observe(self.layer, see)
 
         def undo() -> None:
@@ -220,13 +264,22 @@ class _Rewriting(TorchFunctionMode):
             if self.linear_calls == self.steered.layer.logits_call:
                 return self.steered.rewrite(logits, self.rows)
             return logits
-        if func in TOP_K and self.steered.any_guarded:
-            scores = top_k_scores(args, kwargs)
-            if scores.shape[-1] == self.steered.layer.num_experts:
-                options = {key: value for key, value in kwargs.items() if key != "input"}
-                _, index = func(self.steered.guard(scores, self.rows), *args[1:], **options)
-                return torch.return_types.topk((scores.gather(-1, index), index))
+        if func in TOP_K:
+            return self.steered.top_k(func, args, kwargs, self.rows)
         return func(*args, **kwargs)
+
+
+_STRAIGHT: WeakKeyDictionary[MoELayer, StraightRouter | None] = WeakKeyDictionary()
+
+
+def _straight(layer: MoELayer) -> StraightRouter | None:
+    """The layer's router as straight-line code, written once; None where that can't be."""
+    if layer not in _STRAIGHT:
+        try:
+            _STRAIGHT[layer] = StraightRouter(layer, layer.logits_call)
+        except ValueError:
+            _STRAIGHT[layer] = None
+    return _STRAIGHT[layer]
 
 
 def is_guarded(profile: Profile) -> bool:
@@ -234,6 +287,20 @@ def is_guarded(profile: Profile) -> bool:
     return profile.rule == "exact" and profile.dose == 1
 
 
+def _mask(experts: list[int], table: Tensor) -> Bool[Tensor, " expert"]:
+    row = torch.zeros(table.shape[1], dtype=torch.bool)
+    row[experts] = True
+    return row
+
+
 def _of(table: Tensor, slots: Tensor | None) -> Tensor:
     """The table's row of each token; the one row there is, to be broadcast, without slots."""
     return table if slots is None else table[slots]
+
+
+def _by_token(values: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    """Values [token, expert] and each token's slot; as they are where one slot is for all."""
+    if rows.slots is None:
+        return values, None
+    flat = values.reshape(-1, values.shape[-1])
+    return flat, rows.of_tokens(flat.shape[0], flat.device)

@@ -1,0 +1,72 @@
+"""Two contestants side by side: A B A B …, and the ratio of each pair.
+
+A single time says more about the machine than about the code, and a machine changes from minute to
+minute. So nothing here is timed alone: within a round each piece of work is done by both, one right
+after the other, and only the ratio of a round's two sums is kept.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The ratios of all rounds, in their order."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return median(self.rounds)
+
+    def __str__(self) -> str:
+        if len(self.rounds) == 1:
+            return f"{self.median:.3g}"
+        return f"{self.median:.3g} ({min(self.rounds):.3g}–{max(self.rounds):.3g})"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the results: a ratio, and the bar it should reach, None where it only informs."""
+
+    section: str
+    name: str
+    ratio: Ratio
+    bar: float | None = None
+    at_most: bool = False
+    """Whether the ratio should stay below the bar rather than reach it."""
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        if self.bar is None:
+            return None
+        return self.ratio.median <= self.bar if self.at_most else self.ratio.median >= self.bar
+
+
+def relative_speed(
+    ours: Sequence[Work], other: Sequence[Work], rounds: int, warm_up: int = 1
+) -> Ratio:
+    """How fast ours is, in units of the other: time(other) / time(ours), a ratio a round.
+
+    Both hold the same pieces of work in the same order; each piece is done by both in turn.
+    """
+    ratios: list[float] = []
+    for number in range(warm_up + rounds):
+        ours_took = other_took = 0.0
+        for our_piece, other_piece in zip(ours, other, strict=True):
+            ours_took += _processor_seconds(our_piece)
+            other_took += _processor_seconds(other_piece)
+        if number >= warm_up:
+            ratios.append(other_took / ours_took)
+    return Ratio(tuple(ratios))
+
+
+def _processor_seconds(work: Work) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start

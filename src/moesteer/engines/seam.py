@@ -1,10 +1,11 @@
 """The seam: the one place where routing is read and rewritten.
 
 Reading: a pre-hook on the experts sees which experts each token was sent to, after everything the
-router did; that is the truth, whatever the family. Rewriting: in the router's own forward the one logits
-tensor is replaced by steered logits (`moesteer.rules`) and the one top-k guarded, so that softmax,
-bias, groups and normalisation stay the model's. Most routers are a few operations, which are written
-down once with the two calls put in (`straight.py`); the others run under a torch-function mode.
+router did; that is the truth, whatever the family. Rewriting: in the router's own forward the one
+tensor of logits is replaced by steered logits (`moesteer.rules`) and the one top-k guarded, so that
+softmax, bias, groups and normalisation stay the model's. Most routers are a few operations, which
+are written down once with the two calls put in (`straight.py`); the others run under a
+torch-function mode.
 
 Both count by slot: a batch row belongs to a slot (a profile when steering, an example when
 detecting), and `SelectionCounts` holds how often each slot's tokens selected each expert.

@@ -1,7 +1,7 @@
 """Memory of detection from ten thousand to a million target tokens.
 
-Each run is a process of its own, whose peak is read from the operating system before the counting
-and after it. As a script: `memory.py TEXTS` prints by how many bytes the peak grew.
+A process counts the few tokens and then the many, and reads its peak from the operating system
+after each. As a script: prints the two peaks in bytes.
 """
 
 import os
@@ -17,29 +17,31 @@ ROUNDS = 3
 
 
 def figures() -> list[Figure]:
-    grown = [(_measured(MANY), _measured(FEW)) for _ in range(ROUNDS)]
-    many, few = grown[-1]
+    peaks = [_measured() for _ in range(ROUNDS)]
+    few, many = peaks[-1]
     return [
         Figure(
             "Memory of detection",
-            f"growth of the peak at {MANY:,} target tokens in units of {FEW:,}",
-            Ratio(tuple(many / few for many, few in grown)),
+            f"peak of the process at {MANY:,} target tokens in units of {FEW:,}",
+            Ratio(tuple(many / few for few, many in peaks)),
             bar=1.10,
             at_most=True,
-            note=f"last round: {many / 2**20:.0f} against {few / 2**20:.0f} MiB",
+            note=f"last round: {few / 2**20:.0f} MiB grew by {(many - few) / 2**20:.0f}",
         )
     ]
 
 
-def _measured(tokens: int) -> int:
-    command = [sys.executable, __file__, str(tokens // TEXT_TOKENS)]
+def _measured() -> tuple[int, int]:
     # glibc then returns what is freed at once, and the peak shows what is held rather than how the
     # heap is cut up (which moves it by tens of per cent from run to run).
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    return int(subprocess.check_output(command, env=environment, text=True))
+    few, many = subprocess.check_output(
+        [sys.executable, __file__], env=environment, text=True
+    ).split()
+    return int(few), int(many)
 
 
-def _growth(texts: int) -> int:
+def _peaks() -> list[int]:
     import torch
     from transformers import AutoTokenizer
 
@@ -56,11 +58,13 @@ def _growth(texts: int) -> int:
     text = TokenisedConversation(
         tuple(7 * i % 100 + 1 for i in range(TEXT_TOKENS)), (True,) * TEXT_TOKENS
     )
-    pairs = [TokenisedPair(text, text, "")] * (texts // 2)
-    before = _peak()
-    counts = count_routing(engine, pairs)
-    assert counts.tokens.sum() == texts * TEXT_TOKENS
-    return _peak() - before
+    pair = TokenisedPair(text, text, "")
+    peaks = []
+    for tokens in (FEW, MANY):
+        counts = count_routing(engine, [pair] * (tokens // TEXT_TOKENS // 2))
+        assert counts.tokens.sum() == tokens
+        peaks.append(_peak())
+    return peaks
 
 
 def _peak() -> int:
@@ -70,4 +74,4 @@ def _peak() -> int:
 
 
 if __name__ == "__main__":
-    print(_growth(int(sys.argv[1])))
+    print(*_peaks())

@@ -117,7 +117,7 @@ def growing_lines(path: Path, identity: str) -> Iterator[tuple[int, Callable[[li
     """
     growing = path.parent / f".{path.name}.lines.partial"
     with sole_writer(path):
-        kept = _complete_lines(growing)
+        kept = complete_lines(growing)
         if len(kept) > 1 and kept[0] != identity:
             raise MoesteerError(
                 f"{path}: an interrupted run with other prompts or settings left {len(kept) - 1}"
@@ -127,18 +127,14 @@ def growing_lines(path: Path, identity: str) -> Iterator[tuple[int, Callable[[li
             kept = [identity]
 
         def add(lines: list[str]) -> None:
-            try:
-                with growing.open("a", encoding="utf-8") as stream:
-                    stream.write("".join(f"{line}\n" for line in lines))
-            except OSError as error:
-                raise MoesteerError(_why_not_written(path, error)) from error
+            append_lines(growing, lines)
 
         growing.unlink(missing_ok=True)
         add(kept)
         try:
             yield len(kept) - 1, add
         except BaseException:
-            if len(_complete_lines(growing)) == 1:  # nothing was made: nothing to go on from
+            if len(complete_lines(growing)) == 1:  # nothing was made: nothing to go on from
                 growing.unlink()
             raise
         text = growing.read_text(encoding="utf-8").partition("\n")[2]
@@ -146,7 +142,16 @@ def growing_lines(path: Path, identity: str) -> Iterator[tuple[int, Callable[[li
         growing.unlink()
 
 
-def _complete_lines(path: Path) -> list[str]:
+def append_lines(path: Path, lines: list[str]) -> None:
+    """Add whole lines to a file, made where it is missing; MoesteerError if the disk is full."""
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write("".join(f"{line}\n" for line in lines))
+    except OSError as error:
+        raise MoesteerError(_why_not_written(path, error)) from error
+
+
+def complete_lines(path: Path) -> list[str]:
     """The lines of a file that end with a newline; a killed run may leave half a line."""
     if not path.is_file():
         return []

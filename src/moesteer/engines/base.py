@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from jaxtyping import Int
+from jaxtyping import Float, Num
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,8 +13,31 @@ if TYPE_CHECKING:
     from moesteer.chat import TokenisedConversation
     from moesteer.profile import ModelFacts, Profile
 
-Counted = Literal["top-k", "top-1"]
-"""Which selections count: all k experts of a token, or the one with the largest weight."""
+Counted = Literal["top-k", "top-1", "probability"]
+"""What counts on a target token: that the expert is among its k, that it has the largest weight, or
+how probable it is (softmax of the router's logits over all experts, whatever the router does)."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """`weight` · log P(`token` | the tokens before `position`), in nats; position 0 has none."""
+
+    position: int
+    token: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A number to read off one text: the sum of its terms.
+
+    The log-odds of two words after a context, the mean log-probability of a reply, a perplexity:
+    all are sums of weighted log-probabilities. A term's position is at most `len(ids)`: the token
+    that would come next.
+    """
+
+    ids: tuple[int, ...]
+    terms: tuple[Term, ...]
 
 
 @dataclass(frozen=True)
@@ -53,8 +76,10 @@ class Engine(Protocol):
 
     def count_selections(
         self, conversations: "Sequence[TokenisedConversation]", counted: Counted
-    ) -> "Int[np.ndarray, 'conversation layer expert']":
+    ) -> "Num[np.ndarray, 'conversation layer expert']":
         """How many target tokens of each conversation selected each expert.
+
+        With "probability", the sum of each expert's probability over the target tokens.
 
         Layers in the order of `facts.layers`; all conversations go through in one batch.
         """
@@ -75,6 +100,37 @@ class Engine(Protocol):
 
         Temperature 0 is greedy. Raises DidNotFire where a profile is not proved to have steered.
         """
+        ...
+
+    def read(
+        self,
+        readouts: Sequence[Readout],
+        profiles: "Sequence[Profile | None]" = (None,),
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> "Float[np.ndarray, 'profile readout']":
+        """Each readout's value, in nats, under each profile (None: unsteered).
+
+        `progress` is called with how many (profile, readout) pairs were read since the last call.
+        Raises DidNotFire where a profile is not proved to have steered.
+        """
+        ...
+
+    def gate_gradients(
+        self, readouts: Sequence[Readout]
+    ) -> "Float[np.ndarray, 'readout layer expert']":
+        """Derivative of each readout by each expert's gate, at 1, summed over tokens.
+
+        The gate multiplies the weight that the router gives the expert.
+        """
+        ...
+
+    def divergence(
+        self,
+        conversations: "Sequence[TokenisedConversation]",
+        profile: "Profile",
+    ) -> "Float[np.ndarray, ' conversation']":
+        """Mean KL(unsteered ‖ steered) in nats of the next-token distributions at target tokens."""
         ...
 
 

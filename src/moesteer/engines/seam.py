@@ -275,8 +275,12 @@ _STRAIGHT: WeakKeyDictionary[MoELayer, StraightRouter | None] = WeakKeyDictionar
 
 
 def _straight(layer: MoELayer) -> StraightRouter | None:
-    """The layer's router as straight-line code, written once; None where that can't be."""
-    if layer not in _STRAIGHT:
+    """The layer's router as straight-line code, written anew where it has changed since.
+
+    None where that can't be.
+    """
+    known = _STRAIGHT.get(layer)
+    if layer not in _STRAIGHT or (known is not None and not known.is_current):
         try:
             _STRAIGHT[layer] = StraightRouter(layer, layer.logits_call)
         except ValueError:

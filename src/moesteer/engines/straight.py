@@ -33,12 +33,24 @@ class StraightRouter:
         try:
             graph = fx.Tracer().trace(module)
             self._put_in(graph, module, logits_call)
-            self.forward = fx.GraphModule(module, graph).forward
+            self._code = fx.GraphModule(module, graph)
         except Exception as error:  # whatever a router does with a stand-in for a tensor
             raise ValueError(str(error)) from None
         finally:
             module.__dict__.clear()
             module.__dict__.update(before)  # the tracer notes constants in it
+        self._module = module
+        self.forward = self._code.forward
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the router still has the tensors and the mode it was written down with."""
+        now = self._module
+        theirs = dict((*now.named_parameters(), *now.named_buffers(), *now.named_modules()))
+        noted = (*self._code.named_parameters(), *self._code.named_buffers())
+        noted += tuple((n, m) for n, m in self._code.named_modules() if type(m) is not nn.Module)
+        same = all(theirs.get(name) is what for name, what in noted if name)
+        return same and not now.training
 
     def _put_in(self, graph: fx.Graph, module: nn.Module, logits_call: int) -> None:
         logits = [node for node in graph.nodes if _is_linear(module, node)][logits_call - 1]

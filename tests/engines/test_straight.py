@@ -20,6 +20,8 @@ TYPES = [name for name in moe_model_types() if name not in REFUSED]
 class Gate(nn.Module):
     """The commonest router, and what each test changes of it."""
 
+    bias: Tensor
+
     def __init__(self, width: int = 4, experts: int = 6) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)

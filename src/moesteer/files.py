@@ -127,7 +127,7 @@ def growing_lines(path: Path, identity: str) -> Iterator[tuple[int, Callable[[li
             kept = [identity]
 
         def add(lines: list[str]) -> None:
-            append_lines(growing, lines)
+            append_lines(growing, lines, named=path)
 
         growing.unlink(missing_ok=True)
         add(kept)
@@ -142,13 +142,16 @@ def growing_lines(path: Path, identity: str) -> Iterator[tuple[int, Callable[[li
         growing.unlink()
 
 
-def append_lines(path: Path, lines: list[str]) -> None:
-    """Add whole lines to a file, made where it is missing; MoesteerError if the disk is full."""
+def append_lines(path: Path, lines: list[str], named: Path | None = None) -> None:
+    """Add whole lines to a file, made where it is missing.
+
+    Raises MoesteerError, of `named` or else of the file, where the disk is full.
+    """
     try:
         with path.open("a", encoding="utf-8") as stream:
             stream.write("".join(f"{line}\n" for line in lines))
     except OSError as error:
-        raise MoesteerError(_why_not_written(path, error)) from error
+        raise MoesteerError(_why_not_written(named or path, error)) from error
 
 
 def complete_lines(path: Path) -> list[str]:

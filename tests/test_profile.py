@@ -41,7 +41,7 @@ MODEL = ModelFacts(
     router_norms=(1.0, 2.0, 3.0),
 )
 EVIDENCE = Evidence(
-    detector="risk difference",
+    detector="risk-difference",
     counted="top-k",
     pairs=7,
     source="pairs.jsonl",
@@ -51,6 +51,8 @@ EVIDENCE = Evidence(
     tokens_b=60,
     seed=3,
     interval="95% percentile bootstrap",
+    spans="matched",
+    stability=0.75,
     versions={"python": "3.11"},
     command="moesteer detect …",
 )
@@ -58,8 +60,8 @@ EVIDENCE = Evidence(
 
 def scores() -> Scores:
     generator = np.random.default_rng(0)
-    value, width, rate_a, rate_b = generator.uniform(0, 1, (4, 3, 4))
-    return Scores(value, value - width, value + width, rate_a, rate_b)
+    value, width, p, q, rate_a, rate_b = generator.uniform(0, 1, (6, 3, 4))
+    return Scores(value, value - width, value + width, p, q, rate_a, rate_b)
 
 
 def full() -> Profile:
@@ -128,7 +130,7 @@ def test_the_header_says_what_is_steered_and_where(tmp_path: Path):
     assert header["hook_point"] == "router logits"
     assert header["model"]["layers"][2] == {"layer": 5, "experts": 3, "top_k": 1}
     assert "scores" not in header
-    assert set(arrays) == {"value", "low", "high", "rate_a", "rate_b"}
+    assert set(arrays) == {"value", "low", "high", "p", "q", "rate_a", "rate_b"}
 
 
 def test_json_for_programs():
@@ -199,7 +201,8 @@ def test_the_weights_of_a_model_are_no_profile(tmp_path: Path, dtype: str):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda h, _: h.update(schema=99), r"schema 99; this version of moesteer reads schema 1"),
+        (lambda h, _: h.update(schema=99), r"schema 99; this version of moesteer reads schema 2"),
+        (lambda h, _: h.update(schema=1), r"schema 1; this version of moesteer reads schema 2"),
         (lambda h, _: h.pop("schema"), r"schema None"),
         (lambda h, _: h.update(operation="ablate"), r"operation is 'ablate'.*'steer experts'"),
         (lambda h, _: h.update(hook_point="mlp"), r"hook_point is 'mlp'.*'router logits'"),
@@ -220,8 +223,13 @@ def test_the_weights_of_a_model_are_no_profile(tmp_path: Path, dtype: str):
         (lambda h, _: h["model"].pop("family"), r"model\.family"),
         (lambda h, _: h["model"]["layers"][0].pop("top_k"), r"model\.layers\.0\.top_k"),
         (lambda h, _: h["evidence"].update(counted="top-9"), r"evidence\.counted"),
+        (lambda h, _: h["evidence"].update(spans="longer"), r"evidence\.spans"),
+        (lambda h, _: h["evidence"].update(stability="high"), r"evidence\.stability"),
         (lambda h, _: h.update(model=None), r"has scores but does not say of which model"),
-        (lambda _, t: t.pop("low"), r"holds tensors high, rate_a, rate_b, value; expected value"),
+        (
+            lambda _, t: t.pop("low"),
+            r"holds tensors high, p, q, rate_a, rate_b, value; expected value",
+        ),
         (lambda _, t: t.update(more=t["low"]), r"holds tensors high, low, more"),
         (
             lambda _, t: t.update(value=t["value"][:2]),

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.files import write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
 HEADER_KEY = "moesteer"
 
 NORM_TOLERANCE = 1e-4
@@ -69,10 +69,16 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Where the scores come from: data, span, detector, and how to get them again."""
+    """Where the scores come from: data, span, detector, and how to get them again.
+
+    `counted` is what the detector counts on target tokens, None where it counts nothing (causal
+    detectors). `spans` are the targets as given, or matched in length and position. `stability` is
+    the mean rank correlation of the scores from two random halves of the pairs, None where there
+    are no halves to compare.
+    """
 
     detector: str
-    counted: Literal["top-k", "top-1"]
+    counted: Literal["top-k", "top-1", "probability"] | None
     pairs: int
     source: str
     data_hash: str
@@ -81,6 +87,8 @@ class Evidence:
     tokens_b: int
     seed: int
     interval: str
+    spans: Literal["as given", "matched"]
+    stability: float | None
     versions: dict[str, str]
     command: str
 
@@ -89,8 +97,11 @@ class Evidence:
 class Scores:
     """One score an expert, rows in the order of `ModelFacts.layers`; positive means more in A.
 
-    `rate_a` and `rate_b` are the shares of target tokens that selected the expert, `low` and `high`
-    the ends of the score's interval. Experts that a layer lacks (layers of unequal width) are 0.
+    `low` and `high` are the ends of the score's interval. `p` tests whether the expert differs
+    between the sides of a pair at all, `q` is its false discovery rate among all experts; both are
+    1 where nothing can be tested. `rate_a` and `rate_b` are the shares of target tokens that
+    selected the expert, or its mean probability. Of experts that a layer lacks (layers of unequal
+    width) nothing is said.
     """
 
     __pydantic_config__: ClassVar = {"arbitrary_types_allowed": True}
@@ -98,6 +109,8 @@ class Scores:
     value: Float[np.ndarray, "layer expert"]
     low: Float[np.ndarray, "layer expert"]
     high: Float[np.ndarray, "layer expert"]
+    p: Float[np.ndarray, "layer expert"]
+    q: Float[np.ndarray, "layer expert"]
     rate_a: Float[np.ndarray, "layer expert"]
     rate_b: Float[np.ndarray, "layer expert"]
 

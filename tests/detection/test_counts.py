@@ -52,6 +52,26 @@ class TableEngine:
         return table
 
 
+class ProbabilityEngine(TableEngine):
+    """Counts probabilities (softmax of the scores); `scale` breaks them."""
+
+    def __init__(self, scale: float = 1.0, stop_after: int | None = None) -> None:
+        super().__init__(stop_after)
+        weights = [np.exp(scores) for scores in self.scores]
+        self.probabilities = [scale * w / w.sum(-1, keepdims=True) for w in weights]
+
+    def count_selections(
+        self, conversations: Sequence[TokenisedConversation], counted: "Counted"
+    ) -> np.ndarray:
+        super().count_selections(conversations, counted)
+        table = np.zeros((len(conversations), len(LAYERS), 6), dtype=np.float64)
+        for row, conversation in enumerate(conversations):
+            inside = np.array(conversation.ids)[np.array(conversation.target)]
+            for position, probabilities in enumerate(self.probabilities):
+                table[row, position, : LAYERS[position].experts] = probabilities[inside].sum(0)
+        return table
+
+
 def engine(stop_after: int | None = None) -> "tuple[TableEngine, Engine]":
     table = TableEngine(stop_after)
     return table, cast("Engine", table)
@@ -101,6 +121,29 @@ def test_counts_are_those_of_counting_one_by_one(counted: "Counted"):
                         expert in table.chosen(position, token, counted) for token in targets
                     )
                     assert found.selected[i, side, position, expert] == expected
+
+
+def test_probabilities_are_summed_and_taken_up_after_an_interruption(tmp_path: Path):
+    pairs = make_pairs()
+    whole = count_routing(cast("Engine", ProbabilityEngine()), pairs, "probability")
+    assert np.issubdtype(whole.selected.dtype, np.floating)
+    np.testing.assert_allclose(whole.selected.sum(-1), whole.tokens[:, :, None].repeat(2, -1), 1e-5)
+    table = ProbabilityEngine()
+    for i, pair in enumerate(pairs):
+        ids = [t for t, inside in zip(pair.b.ids, pair.b.target, strict=True) if inside]
+        expected = sum(table.probabilities[0][token] for token in ids)
+        np.testing.assert_allclose(whole.selected[i, 1, 0], expected, rtol=1e-5)
+    more = {"checkpoint": tmp_path / "counts.partial", "identity": "x"}
+    with pytest.raises(KeyboardInterrupt):
+        count_routing(cast("Engine", ProbabilityEngine(stop_after=2)), pairs, "probability", **more)
+    resumed = count_routing(cast("Engine", ProbabilityEngine()), pairs, "probability", **more)
+    assert same(resumed, whole)
+
+
+@pytest.mark.parametrize("scale", [0.9, 1.1])
+def test_probabilities_that_do_not_sum_to_one_are_refused(scale: float):
+    with pytest.raises(MoesteerError, match="layer 1 of table"):
+        count_routing(cast("Engine", ProbabilityEngine(scale)), make_pairs(), "probability")
 
 
 def test_progress_is_told_from_nothing_to_all():

@@ -27,6 +27,11 @@ def test_ranking_to_profile_to_choice(tmp_path: Path, name: str):
     np.testing.assert_allclose(profile.scores.rate_b[1], [20 / 50, 5 / 50, 25 / 50])
     assert profile.evidence is not None
     assert profile.evidence.interval.startswith("none")
+    assert "p = q = 1" in profile.evidence.interval
+    assert (profile.scores.p == 1).all()
+    assert (profile.scores.q == 1).all()
+    assert profile.evidence.detector == "risk-difference"
+    assert profile.evidence.stability is None
     assert (profile.evidence.tokens_a, profile.evidence.tokens_b) == (40, 50)
     assert profile.evidence.command == "moesteer import-ranking"
 

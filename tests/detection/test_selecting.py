@@ -23,7 +23,7 @@ MODEL = ModelFacts(
 
 def scored(*rows: list[float]) -> Profile:
     value = np.array(rows)
-    return Profile(model=MODEL, scores=Scores(value, value, value, value, value), name="p")
+    return Profile(model=MODEL, scores=Scores(*[value] * 7), name="p")
 
 
 # The fourth expert of layer 4 does not exist, whatever stands there.
@@ -92,6 +92,29 @@ def test_a_cut_through_equal_scores_is_said():
     with pytest.warns(MoesteerWarning, match=r"3 experts share the score \+0.400"):
         chosen = select_experts(tied, activate=2, deactivate=0, toward="a")
     assert chosen.activated == ((1, 0), (1, 1))
+
+
+def with_interval(low: list[float], high: list[float]) -> Profile:
+    value = np.array([[0.5, -0.4, 0.3, 0.2], [-0.1, 0.1, 0.0, 0.0]])
+    ends = (np.array([row, [-0.2, 0.05, 0, 0]]) for row in (low, high))
+    return Profile(model=MODEL, scores=Scores(value, *ends, *[value] * 4), name="p")
+
+
+def test_experts_whose_interval_contains_0_are_warned_of():
+    unsure = with_interval([0.4, -0.6, 0.0, 0.0], [0.6, 0.1, 0.5, 0.3])
+    said = (
+        r"p: the intervals of 2 of the 3 experts chosen contain 0, first that of expert 2 of layer"
+        r" 1 \(\+0.300, interval \+0.000 … \+0.500\)"
+    )
+    with pytest.warns(MoesteerWarning, match=said):
+        select_experts(unsure, activate=2, deactivate=1, toward="a")
+    with pytest.warns(MoesteerWarning, match=r"of 1 of the 1 experts chosen.*expert 1 of layer 1"):
+        select_experts(unsure, activate=1, deactivate=0, toward="b")
+    select_experts(unsure, activate=1, deactivate=0, toward="a")  # 0.4 … 0.6: no warning
+
+
+def test_where_there_is_no_interval_nothing_is_warned_of():
+    select_experts(PROFILE, activate=2, deactivate=1, toward="a")
 
 
 def test_a_side_that_is_none_is_refused():

@@ -58,7 +58,8 @@ def detect(
     activate: int = 0,
     deactivate: int = 0,
     toward: Literal["a", "b"] | None = None,
-    count: Literal["top-k", "top-1"] = "top-k",
+    detector: str = "risk-difference",
+    match_spans: bool = False,
     options: ModelOptions = DEFAULT,
     seed: int = 0,
 ) -> None:
@@ -78,19 +79,24 @@ def detect(
         How many experts to deactivate.
     toward
         The side of the pairs to steer towards.
-    count
-        Count all k experts of a token, or the one with the largest weight.
+    detector
+        The score: risk-difference, log-odds, paired-t, npmi, top-1 (risk difference of the expert
+        with the largest weight), probability (difference of the router's) or stability.
+    match_spans
+        Count equally many target tokens of either side, at the same relative positions.
     seed
-        Seed of the intervals.
+        Seed of the intervals and tests.
     """
     from moesteer.chat import parse_chat_options
     from moesteer.contrast import read_pairs
     from moesteer.detection.detect_to_file import detect_to_file
+    from moesteer.detection.detectors import detector_named
     from moesteer.report.progress import counted_progress
     from moesteer.report.terminal import print_text, profile_page
 
     chat_options = parse_chat_options(options.chat_option or [])
     check_out(out, pairs)
+    detector_named(detector)
     read = read_pairs(pairs)
     engine = load_engine(model, options)
     with counted_progress("detect", "tokens") as progress:
@@ -99,7 +105,8 @@ def detect(
             read,
             out=out,
             select=(activate, deactivate, toward),
-            counted=count,
+            detector=detector,
+            match_spans=match_spans,
             chat_options=chat_options,
             source=pairs,
             seed=seed,

@@ -1,4 +1,4 @@
-"""Routing counts: how often each expert was in the top-k on target tokens, kept per example.
+"""Routing counts: how often each expert was selected on target tokens, kept per example.
 
 Everything that is said of experts later (scores, intervals, tests) is computed from these counts,
 so they are kept per pair and side: tokens of one text are not independent of each other, pairs are.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Num
 
 from moesteer.errors import MoesteerError
 from moesteer.files import write_atomically
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 8192
 """Tokens of a batch, padding included."""
 CHECKPOINT_SECONDS = 30.0
+ROUNDING = 1e-3
+"""By how much the probabilities of a token may miss a sum of 1."""
 
 Progress = Callable[[int, int], None]
 """Called with the tokens read so far (padding not counted), and all that are to be read."""
@@ -35,10 +37,10 @@ class RoutingCounts:
     """Selections on target tokens of pair i, side s (0 = A, 1 = B).
 
     `selected[i, s, l, e]` target tokens selected expert e of the l-th routed layer, of
-    `tokens[i, s]` target tokens in all.
+    `tokens[i, s]` target tokens in all. Where probabilities are counted, it is their sum.
     """
 
-    selected: Int[np.ndarray, "pair 2 layer expert"]
+    selected: Num[np.ndarray, "pair 2 layer expert"]
     tokens: Int[np.ndarray, "pair 2"]
 
 
@@ -58,7 +60,7 @@ def count_routing(
     left for the caller to remove.
     """
     conversations = [side for pair in pairs for side in (pair.a, pair.b)]
-    state = _resume(checkpoint, identity) or _State.new(engine, len(conversations))
+    state = _resume(checkpoint, identity) or _State.new(engine, len(conversations), counted)
     lengths = [len(conversation.ids) for conversation in conversations]
     total, read = sum(lengths), sum(n for n, done in zip(lengths, state.done, strict=True) if done)
     saved = time.monotonic()
@@ -105,14 +107,15 @@ def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 @dataclass(eq=False)
 class _State:
-    selected: Int[np.ndarray, "conversation layer expert"]
+    selected: Num[np.ndarray, "conversation layer expert"]
     done: Bool[np.ndarray, " conversation"]
 
     @classmethod
-    def new(cls, engine: "Engine", conversations: int) -> "_State":
+    def new(cls, engine: "Engine", conversations: int, counted: "Counted") -> "_State":
         layers = engine.facts.layers
         shape = (conversations, len(layers), max(layer.experts for layer in layers))
-        return cls(np.zeros(shape, dtype=np.int32), np.zeros(conversations, dtype=bool))
+        dtype = np.float32 if counted == "probability" else np.int32
+        return cls(np.zeros(shape, dtype=dtype), np.zeros(conversations, dtype=bool))
 
     def save(self, path: Path, identity: str) -> None:
         from safetensors.numpy import save_file
@@ -138,17 +141,21 @@ def _resume(checkpoint: Path | None, identity: str) -> _State | None:
 def _check_conserved(
     engine: "Engine",
     conversations: "Sequence[TokenisedConversation]",
-    selected: Int[np.ndarray, "conversation layer expert"],
+    selected: Num[np.ndarray, "conversation layer expert"],
     counted: "Counted",
 ) -> None:
-    """Each target token selects at most k experts a layer, and somebody in every layer."""
+    """Each target token selects at most k experts a layer, and somebody in every layer.
+
+    Its probabilities sum to 1, but for rounding.
+    """
     tokens = np.array([sum(c.target) for c in conversations])
     for position, layer in enumerate(engine.facts.layers):
-        most = tokens * (1 if counted == "top-1" else layer.top_k)
+        most = tokens * {"top-k": layer.top_k, "top-1": 1, "probability": 1 + ROUNDING}[counted]
         seen = selected[:, position].sum(-1)
-        if (seen > most).any() or not seen.any():
+        least = tokens * (1 - ROUNDING) if counted == "probability" else np.zeros_like(tokens)
+        if (seen > most).any() or (seen < least).any() or not seen.any():
             raise MoesteerError(
-                f"layer {layer.layer} of {engine.facts.id}: {int(seen.sum())} selections were"
-                f" counted on {int(tokens.sum())} target tokens; at most {int(most.sum())} are"
+                f"layer {layer.layer} of {engine.facts.id}: {seen.sum():.10g} selections were"
+                f" counted on {int(tokens.sum())} target tokens; at most {most.sum():.10g} are"
                 " possible, and none means that its experts were not observed."
             )

@@ -13,7 +13,7 @@ from moesteer.profile import Profile, Side
 
 if TYPE_CHECKING:
     from moesteer.contrast import ContrastPair
-    from moesteer.engines.base import Counted, Engine
+    from moesteer.engines.base import Engine
 
 
 def detect_to_file(
@@ -22,7 +22,8 @@ def detect_to_file(
     *,
     out: str,
     select: tuple[int, int, Side | None],
-    counted: "Counted",
+    detector: str,
+    match_spans: bool,
     chat_options: Mapping[str, bool | int | float | str],
     source: str,
     seed: int,
@@ -52,7 +53,8 @@ def detect_to_file(
         profile = detect(
             engine,
             pairs,
-            counted=counted,
+            detector,
+            match_spans=match_spans,
             chat_options=chat_options,
             source=source,
             checkpoint=checkpoint,

@@ -15,8 +15,9 @@ def profile_from_ranking(path: str, *, top_k: int, command: str = "") -> Profile
     """The ranking as the scores of a profile, ready for `select_experts`.
 
     Such files hold pooled counts only: there are no examples to resample, so the interval is the
-    score itself and the profile says so. Nor do they name their model: applied, the profile is
-    checked by its layers, experts and k. Raises MoesteerError where the file isn't such a table.
+    score itself, p and q are 1, and the profile says so. Nor do they name their model: applied, the
+    profile is checked by its layers, experts and k. Raises MoesteerError where the file isn't such
+    a table.
     """
     ranking = read_published_ranking(path)
     layers = sorted(set(ranking.layer.tolist()))
@@ -28,6 +29,7 @@ def profile_from_ranking(path: str, *, top_k: int, command: str = "") -> Profile
     value, rate_a, rate_b = (np.zeros((len(layers), experts)) for _ in range(3))
     rate_a[cell], rate_b[cell] = ranking.a1 / ranking.n1, ranking.a2 / ranking.n2
     value[cell] = ranking.risk_diff
+    untested = np.ones_like(value)
     name = Path(path).name
     return Profile(
         model=ModelFacts(
@@ -40,7 +42,7 @@ def profile_from_ranking(path: str, *, top_k: int, command: str = "") -> Profile
             layers=tuple(LayerShape(int(layer), experts, top_k) for layer in layers),
         ),
         evidence=Evidence(
-            detector="risk difference",
+            detector="risk-difference",
             counted="top-k",
             pairs=0,
             source=name,
@@ -49,10 +51,12 @@ def profile_from_ranking(path: str, *, top_k: int, command: str = "") -> Profile
             tokens_a=int(ranking.n1.max()),
             tokens_b=int(ranking.n2.max()),
             seed=0,
-            interval="none: a published ranking has no examples to resample",
+            interval="none: a published ranking has no examples to resample, so p = q = 1",
+            spans="as given",
+            stability=None,
             versions=installed_versions(),
             command=command,
         ),
-        scores=Scores(value, value, value, rate_a, rate_b),
+        scores=Scores(value, value, value, untested, untested, rate_a, rate_b),
         name=name,
     )

@@ -49,12 +49,31 @@ def select_experts(profile: Profile, *, activate: int, deactivate: int, toward: 
                 MoesteerWarning,
                 stacklevel=2,
             )
-    return replace(
+    chosen = replace(
         profile,
         activated=tuple(with_target[:activate]),
         deactivated=tuple(against[:deactivate]),
         toward=toward,
     )
+    _warn_of_uncertain(chosen)
+    return chosen
+
+
+def _warn_of_uncertain(profile: Profile) -> None:
+    """A MoesteerWarning where a chosen expert's interval doesn't settle its sign."""
+    low, high = (experts_table(profile, end) for end in ("low", "high"))
+    chosen = (*profile.activated, *profile.deactivated)
+    if unsure := [expert for expert in chosen if low[expert] <= 0 <= high[expert]]:
+        layer, expert = unsure[0]
+        value = scores_by_expert(profile)[unsure[0]]
+        warnings.warn(
+            f"{profile.name}: the intervals of {len(unsure)} of the {len(chosen)} experts chosen"
+            f" contain 0, first that of expert {expert} of layer {layer} ({value:+.3f}, interval"
+            f" {low[unsure[0]]:+.3f} … {high[unsure[0]]:+.3f}): they may not go with that side."
+            " Steer fewer experts, or detect from more pairs.",
+            MoesteerWarning,
+            stacklevel=3,
+        )
 
 
 def ranked_experts(profile: Profile) -> list[Expert]:
@@ -65,7 +84,12 @@ def ranked_experts(profile: Profile) -> list[Expert]:
 
 def scores_by_expert(profile: Profile) -> dict[Expert, float]:
     """Score of each expert that exists, in layer and expert order."""
+    return experts_table(profile, "value")
+
+
+def experts_table(profile: Profile, key: str) -> dict[Expert, float]:
+    """Any field of the scores by expert, in layer and expert order."""
     assert profile.scores is not None
     assert profile.model is not None
-    rows = zip(profile.model.layers, np.asarray(profile.scores.value), strict=True)
+    rows = zip(profile.model.layers, np.asarray(getattr(profile.scores, key)), strict=True)
     return {(s.layer, e): float(row[e]) for s, row in rows for e in range(s.experts)}

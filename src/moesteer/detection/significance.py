@@ -1,40 +1,159 @@
-"""How sure a score is: intervals from resampling examples.
+"""How sure a score is: intervals, tests and stability from resampling examples.
 
 The unit that is drawn is the pair, not the token: the tokens of one text go the same way together,
 and treating them as independent calls nearly every expert significant.
 
-A percentile interval knows only what was seen: with few pairs it is too narrow, and where every
-token of every pair did the same (a score of ±1) it has no width at all.
+Interval: draw pairs with replacement, score again, take percentiles (Efron & Tibshirani, An
+Introduction to the Bootstrap, chapter 13). It knows only what was seen: with few pairs it is too
+narrow, and where every token of every pair did the same it has no width at all.
+
+Test: if an expert is routed alike on both sides, it is chance which side of a pair is called A.
+Swap the sides of random pairs and see how often the mean difference gets as large as the one
+observed (Phipson & Smyth 2010, arXiv 1603.05766, for the p-value). One p an expert, and as there
+are thousands of experts, q: the Benjamini–Hochberg false discovery rate among all experts with at
+most that p (Benjamini & Hochberg 1995). The test asks whether routing differs, not whether an
+expert matters; and where one side is always longer, its position and length may be what differs.
+
+Stability: do two random halves of the pairs rank the experts alike?
 """
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from moesteer.detection.counts import RoutingCounts
+from moesteer.detection.resampling import (
+    Estimate,
+    Parts,
+    Score,
+    halves,
+    layer_scores,
+    scores_of_all,
+)
 
 RESAMPLES = 1000
+PERMUTATIONS = 1000
+SPLITS = 50
 LEVEL = 0.95
 
 
-def bootstrap_interval(
-    counts: RoutingCounts, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
-) -> tuple[Float[np.ndarray, "layer expert"], Float[np.ndarray, "layer expert"]]:
-    """Percentile interval of the risk difference, drawing pairs with replacement.
-
-    A resample is a count of draws a pair (multinomial), so all resamples are one matrix product a
-    layer. Efron & Tibshirani, An Introduction to the Bootstrap, chapter 13.
-    """
-    pairs, _, layers, experts = counts.selected.shape
+def bootstrapped(
+    parts: Parts,
+    score: Score,
+    counts: RoutingCounts,
+    *,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Estimate:
+    """Scores with their percentile intervals, drawing pairs with replacement."""
+    value = scores_of_all(parts, score, counts)
+    pairs = len(counts.tokens)
+    if pairs == 1:
+        return Estimate(value, value, value, "none: one pair can't be resampled")
     generator = np.random.default_rng(seed)
     draws = generator.multinomial(pairs, np.full(pairs, 1 / pairs), size=resamples)
-    draws = draws.astype(np.float32)  # sums of counts stay exact below 2²⁴
-    tokens = draws.astype(np.float64) @ counts.tokens
     tails = [(1 - level) / 2, (1 + level) / 2]
-    low, high = np.empty((layers, experts)), np.empty((layers, experts))
-    for layer in range(layers):
-        rates = [
-            (draws @ counts.selected[:, side, layer].astype(np.float32)) / tokens[:, side, None]
-            for side in (0, 1)
-        ]
-        low[layer], high[layer] = np.quantile(rates[0] - rates[1], tails, axis=0)
-    return low, high
+    low, high = np.empty_like(value), np.empty_like(value)
+    for layer, drawn in enumerate(layer_scores(parts, score, counts, draws.astype(np.float64))):
+        low[layer], high[layer] = np.quantile(drawn, tails, axis=0)
+    words = f"{level:.0%} percentile bootstrap over pairs, {resamples} resamples"
+    return Estimate(value, low, high, words)
+
+
+def permutation_test(
+    counts: RoutingCounts, *, permutations: int = PERMUTATIONS, seed: int = 0
+) -> Float[np.ndarray, "layer expert"]:
+    """p of each expert: is its rate the same on both sides? Swaps A and B within pairs.
+
+    The statistic is the mean over pairs of a₁/n₁ − a₂/n₂ (each pair weighs the same, whatever its
+    length), so that swapping a pair's sides flips the sign of its difference.
+    """
+    flips = _flips(permutations, len(counts.tokens), seed)
+    tokens = counts.tokens.astype(np.float64)[:, :, None]
+    p = np.empty(counts.selected.shape[2:])
+    for layer in range(len(p)):
+        rates = counts.selected[:, :, layer] / tokens
+        p[layer] = _sign_flip_p(rates[:, 0] - rates[:, 1], flips)
+    return p
+
+
+def sign_flip_test(
+    differences: Float[np.ndarray, "pair layer expert"],
+    *,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> Float[np.ndarray, "layer expert"]:
+    """p of each expert: are its pairs' differences symmetric about 0? Flips their signs.
+
+    Two-sided, p = (1 + #{|flipped sum| ≥ |sum|}) / (1 + permutations). Where no permutation gets
+    there, p is at most 1 / (1 + permutations); as thousands of experts are tested that may be too
+    coarse, so a bound on the exact p takes over where it is smaller: with random signs s,
+    P(|Σ s d| ≥ |Σ d|) ≤ 2 exp(−(Σ d)² / (2 Σ d²)) (Hoeffding 1963). It holds for any number of
+    pairs, and p stays valid: at a level of 1 / (1 + permutations) or more it is the permutations'
+    p, below that the bound.
+    """
+    flips = _flips(permutations, len(differences), seed)
+    p = np.empty(differences.shape[1:])
+    for layer in range(len(p)):
+        p[layer] = _sign_flip_p(differences[:, layer].astype(np.float64), flips)
+    return p
+
+
+def false_discovery_rate(
+    p: Float[np.ndarray, "layer expert"], exists: Bool[np.ndarray, "layer expert"]
+) -> Float[np.ndarray, "layer expert"]:
+    """q of each expert by Benjamini–Hochberg, over the experts that exist; 1 for the others."""
+    from scipy.stats import false_discovery_control
+
+    q = np.ones_like(p)
+    q[exists] = false_discovery_control(p[exists])
+    return q
+
+
+def split_half_stability(
+    parts: Parts,
+    score: Score,
+    counts: RoutingCounts,
+    exists: Bool[np.ndarray, "layer expert"],
+    *,
+    splits: int = SPLITS,
+    seed: int = 0,
+) -> float | None:
+    """Mean rank correlation (Spearman) of the scores from two random halves of the pairs.
+
+    None from a single pair, or where a half scores all experts alike.
+    """
+    from scipy.stats import rankdata
+
+    pairs = len(counts.tokens)
+    if pairs < 2:
+        return None
+    first = halves(pairs, splits, seed)
+    both = np.concatenate([first, 1 - first])
+    scores = np.stack(list(layer_scores(parts, score, counts, both)), axis=1)[:, exists]
+    ranks = rankdata(scores, axis=1)
+    ranks -= ranks.mean(1, keepdims=True)
+    size = np.sqrt((ranks**2).sum(1))
+    if not size.all():
+        return None
+    ranks /= size[:, None]
+    return float((ranks[:splits] * ranks[splits:]).sum(1).mean())
+
+
+def _flips(permutations: int, pairs: int, seed: int) -> Float[np.ndarray, "permutation pair"]:
+    """Random signs: −1 swaps the sides of a pair."""
+    generator = np.random.default_rng(seed)
+    return 2.0 * generator.integers(0, 2, size=(permutations, pairs), dtype=np.int8) - 1
+
+
+def _sign_flip_p(
+    differences: Float[np.ndarray, "pair expert"], flips: Float[np.ndarray, "permutation pair"]
+) -> Float[np.ndarray, " expert"]:
+    observed = np.abs(differences.sum(0))
+    # A flip that only adds up in another order must count as equal.
+    rounding = 1e-9 * np.abs(differences).sum(0)
+    reached = (np.abs(flips @ differences) >= observed - rounding).sum(0)
+    squares = (differences**2).sum(0)
+    exponent = np.divide(observed**2, 2 * squares, out=np.zeros_like(squares), where=squares > 0)
+    by_chance = (1 + reached) / (1 + len(flips))
+    return np.where(reached == 0, np.minimum(by_chance, 2 * np.exp(-exponent)), by_chance)

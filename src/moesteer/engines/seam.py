@@ -36,6 +36,8 @@ from moesteer.profile import Profile
 from moesteer.rules import guard_bounds, rewritten_logits
 
 Undo = Callable[[], None]
+Rewrite = Callable[[Tensor], Tensor]
+TopK = Callable[[Callable, tuple, dict], Any]
 
 
 class Rows:
@@ -92,6 +94,19 @@ def observe(layer: MoELayer, see: Callable[[Tensor, Tensor], None]) -> Undo:
         see(*chosen)
 
     return layer.experts.register_forward_pre_hook(see_experts, with_kwargs=True).remove
+
+
+def observe_logits(layer: MoELayer, see: Callable[[Tensor], None]) -> Undo:
+    """Call `see(logits)`, [token, expert], for each batch that the layer's router scores.
+
+    They are the router's own, before any steering.
+    """
+
+    def seen(logits: Tensor) -> Tensor:
+        see(logits.reshape(-1, logits.shape[-1])[:, : layer.num_experts])  # beyond: shared experts
+        return logits
+
+    return _intercept(layer, seen, lambda func, args, kwargs: func(*args, **kwargs))
 
 
 class SelectionCounts:
@@ -153,6 +168,22 @@ class SelectionCounts:
     def table(self) -> Int[Tensor, "slot expert"]:
         self.settle()
         return self.selected.view(-1, self.num_experts)
+
+
+class ProbabilitySums:
+    """How probable each expert of one layer was to tokens of each slot, summed over them.
+
+    A softmax of the router's logits over all experts, in fp32, whatever the router makes of them.
+    """
+
+    def __init__(self, layer: MoELayer, slots: int) -> None:
+        self.sums = torch.zeros(slots, layer.num_experts, device=layer.device)
+
+    def add(self, logits: Float[Tensor, "token expert"], slots: Int[Tensor, " token"]) -> None:
+        self.sums.index_add_(0, slots, logits.float().softmax(-1))
+
+    def table(self) -> Float[Tensor, "slot expert"]:
+        return self.sums
 
 
 class SteeredLayer:
@@ -234,13 +265,11 @@ class SteeredLayer:
         def see(index: Tensor, weights: Tensor) -> None:
             self.evidence.add_later(index, weights, rows.of_tokens(index.shape[0], index.device))
 
-        straight = _straight(self.layer)
-        if straight is None or "forward" in self.layer.module.__dict__:
-            undo_forward = wrap_forward(self.layer.module, lambda: _Rewriting(self, rows))
-        else:
-            straight.rewrite = lambda logits: self.rewrite(logits, rows)
-            straight.top_k = lambda func, args, kwargs: self.top_k(func, args, kwargs, rows)
-            undo_forward = replace_forward(self.layer.module, straight.forward)
+        undo_forward = _intercept(
+            self.layer,
+            lambda logits: self.rewrite(logits, rows),
+            lambda func, args, kwargs: self.top_k(func, args, kwargs, rows),
+        )
         undo_observer = observe(self.layer, see)
 
         def undo() -> None:
@@ -250,12 +279,22 @@ class SteeredLayer:
         return undo
 
 
+def _intercept(layer: MoELayer, rewrite: Rewrite, top_k: TopK) -> Undo:
+    """Put `rewrite` after the router's logits and `top_k` in place of its top-k."""
+    straight = _straight(layer)
+    if straight is None or "forward" in layer.module.__dict__:
+        return wrap_forward(layer.module, lambda: _Rewriting(layer, rewrite, top_k))
+    straight.rewrite, straight.top_k = rewrite, top_k
+    return replace_forward(layer.module, straight.forward)
+
+
 class _Rewriting(TorchFunctionMode):
     """Replaces the router's logits, and what its last top-k sorts, during one forward."""
 
-    def __init__(self, steered: SteeredLayer, rows: Rows) -> None:
-        self.steered = steered
-        self.rows = rows
+    def __init__(self, layer: MoELayer, rewrite: Rewrite, top_k: TopK) -> None:
+        self.layer = layer
+        self.rewrite = rewrite
+        self.top_k = top_k
         self.linear_calls = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -263,11 +302,11 @@ class _Rewriting(TorchFunctionMode):
         if func in LINEAR_MAPS:
             self.linear_calls += 1
             logits = func(*args, **kwargs)
-            if self.linear_calls == self.steered.layer.logits_call:
-                return self.steered.rewrite(logits, self.rows)
+            if self.linear_calls == self.layer.logits_call:
+                return self.rewrite(logits)
             return logits
         if func in TOP_K:
-            return self.steered.top_k(func, args, kwargs, self.rows)
+            return self.top_k(func, args, kwargs)
         return func(*args, **kwargs)
 
 

@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Num
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -21,9 +22,12 @@ from transformers import (
 
 from moesteer import testbed
 from moesteer.chat import TokenisedConversation
-from moesteer.engines.base import Counted, Generation, LayerEvidence, summed
+from moesteer.engines.base import Counted, Generation, LayerEvidence, Readout, summed
+from moesteer.engines.gates import gate_gradients
+from moesteer.engines.readouts import check_readouts, divergence, mean_log_probability, padded, read
+from moesteer.engines.replay import Replay
 from moesteer.engines.routers import MoELayer, find_routers, input_device
-from moesteer.engines.seam import SelectionCounts, observe
+from moesteer.engines.seam import ProbabilitySums, SelectionCounts, observe, observe_logits
 from moesteer.engines.steering import UNSTEERED, checked_layers, layer_shapes, steer
 from moesteer.errors import MoesteerError
 from moesteer.profile import ModelFacts, Profile, check_model
@@ -58,6 +62,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.layers: list[MoELayer] = checked_layers(model)
         self.facts = _facts(model, tokenizer, self.layers, id or str(model.name_or_path), revision)
+        self._replay = Replay(model, self.layers)
         self.max_tokens: int | None = getattr(
             model.config.get_text_config(), "max_position_embeddings", None
         )
@@ -65,33 +70,23 @@ class TransformersEngine:
     @torch.inference_mode()
     def count_selections(
         self, conversations: Sequence[TokenisedConversation], counted: Counted = "top-k"
-    ) -> Int[np.ndarray, "conversation layer expert"]:
+    ) -> Num[np.ndarray, "conversation layer expert"]:
         """See `Engine.count_selections`. One forward pass without the LM head."""
-        ids, attention, target = _right_padded(conversations, input_device(self.model))
+        ids, attention = padded([c.ids for c in conversations], input_device(self.model))
+        target = padded([c.target for c in conversations], ids.device)[0].bool()
         # Tokens outside the target count in one slot more, which is dropped.
         rows = torch.arange(len(conversations), device=ids.device).unsqueeze(-1)
         slots = torch.where(target, rows, len(conversations)).flatten()
-        counts = [SelectionCounts(layer, len(conversations) + 1) for layer in self.layers]
-
-        def counter(layer_counts: SelectionCounts) -> Callable[[Tensor, Tensor], None]:
-            def see(index: Tensor, weights: Tensor) -> None:
-                if counted == "top-1":
-                    first = weights.argmax(-1, keepdim=True)
-                    index, weights = index.gather(-1, first), weights.gather(-1, first)
-                layer_counts.add(index, weights, slots.to(index.device))
-
-            return see
-
-        undo = [observe(*pair) for pair in zip(self.layers, map(counter, counts), strict=True)]
-        try:
+        with ExitStack() as stack:
+            counts = [
+                _count(layer, slots, len(conversations) + 1, counted, stack)
+                for layer in self.layers
+            ]
             self.model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
-        finally:
-            for restore in undo:
-                restore()
         widest = max(layer.num_experts for layer in self.layers)
-        result = np.zeros((len(conversations), len(self.layers), widest), dtype=np.int64)
-        for position, layer_counts in enumerate(counts):
-            table = layer_counts.table()[:-1].cpu().numpy()
+        tables = [layer_counts.table()[:-1].cpu().numpy() for layer_counts in counts]
+        result = np.zeros((len(conversations), len(self.layers), widest), dtype=tables[0].dtype)
+        for position, table in enumerate(tables):
             result[:, position, : table.shape[1]] = table
         return result
 
@@ -130,6 +125,38 @@ class TransformersEngine:
             if progress is not None:
                 progress(len(chosen))
         return Generation(replies, summed(evidence))
+
+    def read(
+        self,
+        readouts: Sequence[Readout],
+        profiles: Sequence[Profile | None] = (None,),
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> Float[np.ndarray, "profile readout"]:
+        """See `Engine.read`."""
+        self._check(readouts, profiles)
+        return read(self.model, self.layers, self._replay, readouts, profiles, progress)
+
+    def gate_gradients(
+        self, readouts: Sequence[Readout]
+    ) -> Float[np.ndarray, "readout layer expert"]:
+        """See `Engine.gate_gradients`."""
+        self._check(readouts)
+        return gate_gradients(self.model, self.layers, readouts)
+
+    def divergence(
+        self, conversations: Sequence[TokenisedConversation], profile: Profile
+    ) -> Float[np.ndarray, " conversation"]:
+        """See `Engine.divergence`."""
+        texts = [mean_log_probability(conversation) for conversation in conversations]
+        self._check(texts, [profile])
+        return divergence(self.model, self.layers, self._replay, texts, profile)
+
+    def _check(self, readouts: Sequence[Readout], profiles: Sequence[Profile | None] = ()) -> None:
+        """Refuse what can't be read, and profiles of other models."""
+        check_readouts(readouts, self.model, self.max_tokens)
+        for profile in {id(p): p for p in profiles if p is not None}.values():
+            check_model(profile, self.facts)
 
     def _generate_batch(
         self,
@@ -254,7 +281,7 @@ def _facts(
 ) -> ModelFacts:
     config = model.config.get_text_config()
     shapes = layer_shapes(layers)
-    entries = {key: getattr(config, key, None) for key in HASHED_CONFIG}
+    entries = {key: _entry(config, key) for key in HASHED_CONFIG}
     entries["layers"] = [[s.layer, s.experts, s.top_k] for s in shapes]
     words = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return ModelFacts(
@@ -269,6 +296,14 @@ def _facts(
         layer_norms=_norms(layers, lambda layer: _rest_square(model, layer)),
         dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def _entry(config: PreTrainedConfig, key: str) -> object:
+    """A config's entry; None where it has none, or another one for each layer."""
+    try:
+        return getattr(config, key, None)
+    except Exception:  # configs of unequal layers refuse to name one value for all
+        return None
 
 
 def _norms(layers: list[MoELayer], square: Callable[[MoELayer], float | None]) -> tuple[float, ...]:
@@ -311,23 +346,24 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _right_padded(
-    conversations: Sequence[TokenisedConversation], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention mask and target mask, each [conversation, position].
+def _count(
+    layer: MoELayer, slots: Tensor, number: int, counted: Counted, stack: ExitStack
+) -> SelectionCounts | ProbabilitySums:
+    """Count the layer's routing by slot, of which there are `number`, until the stack closes."""
+    if counted == "probability":
+        sums = ProbabilitySums(layer, number)
+        stack.callback(observe_logits(layer, lambda z: sums.add(z, slots.to(z.device))))
+        return sums
+    counts = SelectionCounts(layer, number)
 
-    Padding on the right leaves the positions of causal models as they are.
-    """
-    longest = max(len(conversation.ids) for conversation in conversations)
-    ids = np.zeros((len(conversations), longest), dtype=np.int64)
-    attention, target = np.zeros_like(ids), np.zeros(ids.shape, dtype=bool)
-    for row, conversation in enumerate(conversations):
-        length = len(conversation.ids)
-        ids[row, :length] = conversation.ids
-        attention[row, :length] = 1
-        target[row, :length] = conversation.target
-    as_tensors = [torch.from_numpy(array).to(device) for array in (ids, attention, target)]
-    return as_tensors[0], as_tensors[1], as_tensors[2]
+    def see(index: Tensor, weights: Tensor) -> None:
+        if counted == "top-1":
+            first = weights.argmax(-1, keepdim=True)
+            index, weights = index.gather(-1, first), weights.gather(-1, first)
+        counts.add(index, weights, slots.to(index.device))
+
+    stack.callback(observe(layer, see))
+    return counts
 
 
 def _one_each(

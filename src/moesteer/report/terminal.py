@@ -8,15 +8,19 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moesteer.detection.selecting import ranked_experts, scores_by_expert
+from moesteer.detection.detectors import DETECTORS
+from moesteer.detection.selecting import experts_table, ranked_experts, scores_by_expert
 from moesteer.engines.base import LayerEvidence
-from moesteer.profile import Expert, Profile
+from moesteer.profile import Evidence, Expert, Profile
 
 if TYPE_CHECKING:
     from moesteer.doctor import Examination
 
 WARM, COLD, GROUND = (215, 48, 39), (33, 102, 172), (38, 38, 38)
 """Colours of +max, −max and 0; both ends differ in lightness from the ground, too."""
+
+FALSE_DISCOVERIES = 0.05
+"""The share of false ones that is put up with among the experts said to differ."""
 
 
 def profile_page(profile: Profile, top: int) -> RenderableType:
@@ -45,11 +49,29 @@ def profile_facts(profile: Profile) -> RenderableType:
     if profile.evidence is not None:
         seen = profile.evidence
         table.add_row("pairs", f"{seen.pairs} from {seen.source}, target: {seen.target}")
-        table.add_row("tokens", f"{seen.tokens_a:,} of A, {seen.tokens_b:,} of B")
-        table.add_row("score", f"{seen.detector} ({seen.counted}); {seen.interval}")
+        spans = ", matched in length and position" if seen.spans == "matched" else ""
+        table.add_row("tokens", f"{seen.tokens_a:,} of A, {seen.tokens_b:,} of B{spans}")
+        table.add_row("score", f"{_score_words(seen)}; {seen.interval}")
+        if profile.scores is not None and seen.pairs > 1:
+            table.add_row("certainty", _certainty(profile, seen))
         if seen.command:
             table.add_row("made by", seen.command)
     return table
+
+
+def _score_words(seen: Evidence) -> str:
+    known = DETECTORS.get(seen.detector)
+    title = known.title if known else seen.detector
+    return f"{title} ({seen.counted})" if seen.counted else title
+
+
+def _certainty(profile: Profile, seen: Evidence) -> str:
+    q = experts_table(profile, "q").values()
+    found = sum(value < FALSE_DISCOVERIES for value in q)
+    words = f"{found:,} of {len(q):,} experts differ between the sides (q < {FALSE_DISCOVERIES})"
+    if seen.stability is not None:
+        words += f"; rank correlation of split halves {seen.stability:.2f}"
+    return words
 
 
 def expert_table(
@@ -59,7 +81,8 @@ def expert_table(
     assert profile.scores is not None
     assert profile.model is not None
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("rank", "layer", "expert", "score", "95 % interval", "in A", "in B", ""):
+    headings = ("rank", "layer", "expert", "score", "95 % interval", "q", "in A", "in B", "")
+    for heading in headings:
         table.add_column(heading, justify="left" if not heading else "right")
     rows = {shape.layer: row for row, shape in enumerate(profile.model.layers)}
     resampled = profile.evidence is not None and profile.evidence.pairs > 1
@@ -77,11 +100,16 @@ def expert_table(
             str(expert),
             f"{value[layer, expert]:+.3f}",
             interval,
+            _small(scores.q[cell]) if resampled else "–",
             f"{scores.rate_a[cell]:.0%}",
             f"{scores.rate_b[cell]:.0%}",
             ", ".join(word for word in words if word),
         )
     return table
+
+
+def _small(probability: float) -> str:
+    return f"{probability:.3f}" if probability >= 0.001 else "<0.001"
 
 
 def heat_map(profile: Profile, marks: Mapping[Expert, str] | None = None) -> RenderableType:

@@ -259,12 +259,69 @@ def test_detection_counts_what_the_router_chose(run: Run, model_folder: Path, pa
 
 
 def test_top_1_counts_one_expert_a_token(run: Run, model_folder: Path, pairs_file: Path):
-    run("detect", model_folder, "--pairs", pairs_file, "--out", "p", "--count", "top-1")
+    run("detect", model_folder, "--pairs", pairs_file, "--out", "p", "--detector", "top-1")
     profile = Profile.load("p")
     assert profile.scores is not None
     np.testing.assert_allclose(profile.scores.rate_a.sum(-1), 1)
     assert profile.evidence is not None
     assert profile.evidence.counted == "top-1"
+
+
+def test_every_detector(run: Run, refused: Run, model_folder: Path, pairs_file: Path):
+    from moesteer.detection.detectors import DETECTORS
+
+    listed = run("detect", "--help").out
+    for name, detector in DETECTORS.items():
+        assert name in listed
+        detect = ("detect", model_folder, "--pairs", pairs_file, "--out", name)
+        assert run(*detect, "--detector", name).code == 0
+        evidence = Profile.load(name).evidence
+        assert evidence is not None
+        assert (evidence.detector, evidence.counted) == (name, detector.counted)
+        assert detector.title in run("show", name).out
+    said = refused("detect", "no-model", "--pairs", "p", "--out", "p", "--detector", "magic")
+    assert "no detector 'magic'" in said.err
+    assert ", ".join(DETECTORS) in said.err
+
+
+def test_matched_spans(run: Run, model_folder: Path, pairs_file: Path):
+    detect = ("detect", model_folder, "--pairs", pairs_file, "--out")
+    assert run(*detect, "given").code == 0
+    assert run(*detect, "matched", "--match-spans").code == 0
+    given, matched = (Profile.load(name).evidence for name in ("given", "matched"))
+    assert given is not None
+    assert matched is not None
+    assert (given.spans, matched.spans) == ("as given", "matched")
+    assert given.tokens_a != given.tokens_b
+    assert matched.tokens_a == matched.tokens_b <= min(given.tokens_a, given.tokens_b)
+    assert "matched in length and position" in run("show", "matched").out
+    assert "matched in length" not in run("show", "given").out
+
+
+@pytest.mark.filterwarnings("default")
+def test_sides_of_very_unequal_length_are_warned_of(run: Run, model_folder: Path):
+    pair = {"prompt": "How?", "a": "No.", "b": "First you do this, then you do that, and so on."}
+    Path("pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    detect = ("detect", model_folder, "--pairs", "pairs.jsonl", "--out", "p")
+    assert "moesteer: warning: the targets are 2 tokens of A and 47 of B" in run(*detect).err
+    assert "warning" not in run(*detect, "--match-spans").err
+
+
+def test_what_is_shown_of_certainty(run: Run, model_folder: Path, pairs_file: Path):
+    run("detect", model_folder, "--pairs", pairs_file, "--out", "p")
+    profile = Profile.load("p")
+    assert profile.scores is not None
+    assert profile.evidence is not None
+    shown = run("show", "p", "--top", 40).out
+    found = int((profile.scores.q < 0.05).sum())
+    assert f"{found} of 32 experts differ between the sides (q < 0.05)" in shown
+    assert f"rank correlation of split halves {profile.evidence.stability:.2f}" in shown
+    said = json.loads(run("show", "p", "--json").out)
+    assert said["evidence"]["stability"] == profile.evidence.stability
+    for expert in said["scores"]:
+        place = expert["layer"], expert["expert"]
+        assert expert["p"] == profile.scores.p[place]
+        assert expert["q"] == profile.scores.q[place]
 
 
 def test_built_in_pairs_and_chat_options(run: Run, model_folder: Path):
@@ -417,7 +474,7 @@ def damaged(made: dict[str, Path], in_tmp_path: Path) -> Callable[[str], Path]:
     ("what", "words"),
     [
         ("truncated", ("not a readable profile",)),
-        ("schema", ("schema 99", "reads schema 1")),
+        ("schema", ("schema 99", "reads schema 2")),
         ("nan", ("value of expert (1, 2) is nan",)),
         ("layer", ("layer 17", "0–3")),
         ("expert", ("(1, 8) does not exist", "0–7")),

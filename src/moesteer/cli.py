@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 
 from moesteer.commands.common import ModelOptions
+from moesteer.commands.comparing import detectors
 from moesteer.commands.finding import (
     detect,
     import_ranking,
@@ -21,7 +22,10 @@ from moesteer.commands.finding import (
     select,
     show,
 )
+from moesteer.commands.judging import judge_check, tasks
 from moesteer.commands.looking import demo, doctor, testbed
+from moesteer.commands.proving import evaluate, search
+from moesteer.commands.reporting import report
 from moesteer.commands.running import chat, generate
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -30,11 +34,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pairs refusal": pairs_refusal,
     "pairs document": pairs_document,
     "detect": detect,
+    "detectors": detectors,
     "import-ranking": import_ranking,
     "select": select,
     "show": show,
     "generate": generate,
     "chat": chat,
+    "tasks": tasks,
+    "judge check": judge_check,
+    "evaluate": evaluate,
+    "search": search,
+    "report": report,
     "testbed": testbed,
 }
 
@@ -99,7 +109,10 @@ def _run(tokens: list[str]) -> int:
         suppress_keyboard_interrupt=False,  # ours says what becomes of the work
     )
     Parameter(name="*")(ModelOptions)  # its fields are options of the command that takes it
-    groups = {"pairs": App(name="pairs", help="Make contrast pairs from your data.")}
+    groups = {
+        "pairs": App(name="pairs", help="Make contrast pairs from your data."),
+        "judge": App(name="judge", help="Judge the judges of a task."),
+    }
     for name, command in COMMANDS.items():
         group, _, inner = name.rpartition(" ")
         (groups[group] if group else app).command(command, name=inner)

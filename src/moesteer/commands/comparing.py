@@ -1,0 +1,109 @@
+"""The command that compares detectors with what interventions show."""
+
+from contextlib import nullcontext
+from typing import Literal
+
+from moesteer.commands.common import DEFAULT, ModelOptions, command_line, load_engine
+
+
+def detectors(
+    model: str,
+    /,
+    *,
+    pairs: str,
+    out: str | None = None,
+    over: Literal["decision", "span"] = "decision",
+    beside: list[str] | None = None,
+    neutral: str | None = None,
+    layers: int | None = None,
+    pairs_used: int | None = None,
+    options: ModelOptions = DEFAULT,
+    seed: int = 0,
+) -> None:
+    """Compare what detectors say of experts with what switching each expert does.
+
+    Parameters
+    ----------
+    model
+        Name on the Hub, folder, or `testbed`.
+    pairs
+        JSONL or CSV file, data set (ORG/NAME:split), or testbed:BEHAVIOUR[:SPLIT].
+    out
+        A folder for the results. An interrupted run is taken up when started again.
+    over
+        What is read: the token where the sides part, or the probability of the whole targets, for
+        pairs whose prompts differ.
+    beside
+        Pairs of another behaviour, to see what else an expert moves. May be repeated.
+    neutral
+        JSONL or CSV with prompt and reply on which no behaviour shows.
+    layers
+        Screen the layers by blocks of experts, and go into so many. Without it: all, or as many as
+        have 1,000 experts together.
+    pairs_used
+        Use only so many pairs of each set, evenly spaced.
+    seed
+        Seed of intervals and tests.
+    """
+    import sys
+    from dataclasses import asdict
+
+    from moesteer.chat import parse_chat_options
+    from moesteer.contrast import pairs_hash, read_pairs
+    from moesteer.detection.comparing import (
+        compare_detectors,
+        cost_of,
+        evenly,
+        marks_of,
+        measurement,
+        planted_in,
+        read_neutral,
+    )
+    from moesteer.detection.detect import installed_versions
+    from moesteer.report.detectors_page import cost_line, detectors_page
+    from moesteer.report.progress import counted_progress
+    from moesteer.report.terminal import print_text
+    from moesteer.runs import open_run
+
+    chat_options = parse_chat_options(options.chat_option or [])
+    read = evenly(read_pairs(pairs), pairs_used)
+    others = {name: evenly(read_pairs(name), pairs_used) for name in beside or []}
+    texts = evenly(read_neutral(neutral), pairs_used) if neutral else []
+    engine = load_engine(model, options)
+    measured = measurement(
+        engine, read, over=over, beside=others, neutral=texts, chat_options=chat_options
+    )
+    cost = cost_of(engine, measured, layers)
+    print(cost_line(cost, len(engine.facts.layers)), file=sys.stderr)
+    settings = {
+        "model": asdict(engine.facts),
+        "pairs": pairs,
+        "pairs_hash": pairs_hash(read),
+        "beside": {name: pairs_hash(some) for name, some in others.items()},
+        "neutral": pairs_hash(texts),
+        "over": over,
+        "layers": cost.layers,
+        "chat_options": chat_options,
+        "seed": seed,
+    }
+    about = {"command": command_line(), "versions": installed_versions()}
+    truth = planted_in(model, pairs)
+    with (
+        open_run(out, "detectors", settings, about) if out else nullcontext() as run,
+        counted_progress("detectors", "texts") as progress,
+    ):
+        result = compare_detectors(
+            engine,
+            read,
+            measured,
+            over=over,
+            into=layers,
+            truth=truth,
+            chat_options=chat_options,
+            run=run,
+            seed=seed,
+            progress=progress,
+        )
+    print_text(detectors_page(result, marks_of(truth)))
+    if out:
+        print_text(f"written: {out}")

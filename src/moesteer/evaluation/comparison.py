@@ -1,0 +1,349 @@
+"""From judged replies to shares and differences, each with its uncertainty.
+
+A task's value is the share of its judged replies that are the task's outcome. Arms answer the same
+prompts, so differences are paired: item by item, then averaged. A pool of control arms (three
+random seeds, say) counts as one: an item's value in it is the mean over the seeds.
+
+    share        Wilson's score interval (1927)
+    difference   percentile bootstrap over items (Efron & Tibshirani 1993, chapter 13)
+    p            exact conditional test of one arm against s matched ones (Miettinen 1969): had the
+                 arms been exchangeable, an item with t hits among its 1 + s replies would show one
+                 of them in the single arm with probability t / (1 + s). With s = 1 it is McNemar's
+                 exact test on the discordant pairs.
+    holm         p adjusted over the tasks of one comparison (Holm 1979)
+
+All of it speaks of items: of other prompts of this kind, not of other random seeds. How far seeds
+lie apart is seen in the arms' own shares.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from jaxtyping import Float
+
+from moesteer.errors import MoesteerError
+
+SUMMARY_SCHEMA = 1
+LEVEL = 0.95
+RESAMPLES = 10_000
+
+UNSTEERED, STEERED = "unsteered", "steered"
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What was asked: `items` prompts, judged for the share of `outcome` among `outcomes`.
+
+    `check` says how the judge stood against human labels, or that it was never checked. Replies of
+    a task that is not `harmless` are not to be shown.
+    """
+
+    name: str
+    title: str
+    outcome: str
+    outcomes: tuple[str, ...]
+    role: Literal["target", "price"]
+    harmless: bool
+    items: int
+    check: str
+
+
+@dataclass(frozen=True)
+class ArmFacts:
+    """What an arm steers, as (layer, expert), and that it did: `tokens` ran under it.
+
+    `obeyed`: every token selected each activated expert and no deactivated one. `note` says what
+    the arm could not do as it should.
+    """
+
+    name: str
+    activated: tuple[tuple[int, int], ...] = ()
+    deactivated: tuple[tuple[int, int], ...] = ()
+    tokens: int = 0
+    obeyed: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Share:
+    """`count` of `n` judged replies of an arm are the task's outcome; `low` and `high`: Wilson.
+
+    `share` is None where no reply could be judged. `outcomes` counts all of them by name.
+    """
+
+    task: str
+    arm: str
+    n: int
+    count: int
+    share: float | None
+    low: float
+    high: float
+    unjudged: int
+    outcomes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean over `n` items of the share in `arm` minus that in `against`, from −1 to 1.
+
+    Both name an arm or a pool of arms ("random" for "random 0", "random 1", …). An item counts
+    where both sides have a judged reply; without any, all values are None.
+    """
+
+    task: str
+    arm: str
+    against: str
+    n: int
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    holm: float | None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far an arm moved from the unsteered model on a task: see `moesteer.evaluation.drift`.
+
+    `kl` in nats a token, `routing` from 0 to 1; None where there was nothing to measure on.
+    """
+
+    task: str
+    arm: str
+    kl: float | None
+    routing: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A profile beside its controls: everything that `summary.json` holds."""
+
+    model: str
+    profile: str
+    split: str
+    seed: int
+    tasks: tuple[TaskFacts, ...]
+    arms: tuple[ArmFacts, ...]
+    shares: tuple[Share, ...]
+    differences: tuple[Difference, ...]
+    drifts: tuple[Drift, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def share(self, task: str, arm: str) -> Share:
+        """The share of one task in one arm; KeyError where there is none."""
+        found = {(share.task, share.arm): share for share in self.shares}
+        return found[task, arm]
+
+    def difference(self, task: str, arm: str, against: str) -> Difference:
+        """One difference; KeyError where there is none."""
+        found = {(d.task, d.arm, d.against): d for d in self.differences}
+        return found[task, arm, against]
+
+    def to_json(self) -> str:
+        """The comparison as one JSON object, with the schema's number."""
+        return json.dumps({"schema": SUMMARY_SCHEMA, **asdict(self)}, ensure_ascii=False, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, where: str | Path = "summary.json") -> "Comparison":
+        """Read what `to_json` wrote; MoesteerError, beginning with `where`, for anything else."""
+        return from_json(cls, text, where, SUMMARY_SCHEMA, "a comparison")
+
+
+_Summary = TypeVar("_Summary")
+
+
+def from_json(
+    form: type[_Summary], text: str, where: str | Path, schema: int, what: str
+) -> _Summary:
+    """A summary of the given form and schema; MoesteerError, beginning with `where`, otherwise."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise MoesteerError(f"{where} is not JSON: {error}.") from None
+    there = raw.pop("schema", None) if isinstance(raw, dict) else None
+    if there != schema:
+        raise MoesteerError(
+            f"{where} is {what} of format {there}; this version of moesteer reads format {schema}."
+            " Run the command again with another folder."
+        )
+    try:
+        return TypeAdapter(form).validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise MoesteerError(f"{where}: {place}: {first['msg']}.") from None
+
+
+def pool_of(arm: str) -> str:
+    """The pool an arm belongs to: "random" for "random 2"; other arms are their own."""
+    name, _, seed = arm.rpartition(" ")
+    return name if name and seed.isdigit() else arm
+
+
+Values = Mapping[str, Mapping[int, bool]]
+"""By arm and item: whether the reply is the task's outcome; unjudged items are left out."""
+
+
+def compare(
+    tasks: Sequence[TaskFacts], arms: Sequence[str], records: Iterable[Mapping[str, Any]], seed: int
+) -> tuple[list[Share], list[Difference]]:
+    """Shares of every task and arm, and all differences with Holm's p over the tasks.
+
+    `records` hold task, arm, item and outcome (None: unjudged). Every pool is compared with the
+    unsteered arm, and the steered arm with every other pool.
+    """
+    outcomes: dict[tuple[str, str], dict[int, str | None]] = {}
+    for record in records:
+        outcomes.setdefault((record["task"], record["arm"]), {})[record["item"]] = record["outcome"]
+    shares: list[Share] = []
+    differences: list[Difference] = []
+    pools = list(dict.fromkeys(pool_of(arm) for arm in arms))
+    pairs = [(pool, UNSTEERED) for pool in pools if pool != UNSTEERED]
+    pairs += [(STEERED, pool) for pool in pools if pool not in (UNSTEERED, STEERED)]
+    for task in tasks:
+        by_arm = {arm: outcomes.get((task.name, arm), {}) for arm in arms}
+        shares += [_share(task, arm, found) for arm, found in by_arm.items()]
+        hits = {
+            arm: {item: said == task.outcome for item, said in found.items() if said is not None}
+            for arm, found in by_arm.items()
+        }
+        differences += [_difference(task.name, hits, *pair, seed) for pair in pairs]
+    return shares, _with_holm(differences, pairs)
+
+
+def _share(task: TaskFacts, arm: str, outcomes: Mapping[int, str | None]) -> Share:
+    said = Counter(outcome for outcome in outcomes.values() if outcome is not None)
+    n, count = said.total(), said[task.outcome]
+    low, high = wilson_interval(count, n)
+    named = {name: said[name] for name in dict.fromkeys((*task.outcomes, *sorted(said)))}
+    share = count / n if n else None
+    return Share(task.name, arm, n, count, share, low, high, len(outcomes) - n, named)
+
+
+def _difference(task: str, hits: Values, arm: str, against: str, seed: int) -> Difference:
+    ours, theirs = (_pooled(hits, pool) for pool in (arm, against))
+    items = sorted(ours.keys() & theirs.keys())
+    if not items:
+        return Difference(task, arm, against, 0, None, None, None, None, None)
+    by_item = np.array([np.mean(ours[i]) - np.mean(theirs[i]) for i in items])
+    low, high = paired_bootstrap_difference(by_item, seed=seed)
+    # One of the two is a single arm always: it stands against the other's seeds.
+    one, many = (theirs, ours) if against == UNSTEERED else (ours, theirs)
+    p = matched_p([one[i][0] for i in items], [many[i] for i in items])
+    return Difference(task, arm, against, len(items), float(by_item.mean()), low, high, p, None)
+
+
+def _pooled(hits: Values, pool: str) -> dict[int, list[bool]]:
+    """By item, the judged replies of a pool's arms."""
+    found: dict[int, list[bool]] = {}
+    for arm, by_item in hits.items():
+        if pool_of(arm) == pool:
+            for item, hit in by_item.items():
+                found.setdefault(item, []).append(hit)
+    return found
+
+
+def _with_holm(
+    differences: Sequence[Difference], pairs: Sequence[tuple[str, str]]
+) -> list[Difference]:
+    adjusted: dict[int, float] = {}
+    for pair in pairs:
+        family = {
+            place: d.p
+            for place, d in enumerate(differences)
+            if (d.arm, d.against) == pair and d.p is not None
+        }
+        adjusted |= dict(zip(family, holm(list(family.values())), strict=True))
+    return [
+        Difference(**{**vars(d), "holm": adjusted.get(place)})
+        for place, d in enumerate(differences)
+    ]
+
+
+# -- statistics ----------------------------------------------------------------------------------
+
+
+def wilson_interval(count: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Wilson's score interval of a share; 0 to 1 where nothing was judged.
+
+    Wilson 1927, Journal of the American Statistical Association 22, 209–212.
+    """
+    from scipy.stats import binomtest
+
+    if n == 0:
+        return 0.0, 1.0
+    interval = binomtest(count, n).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mcnemar_p(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
+    """Exact two-sided p of McNemar's test on paired outcomes; 1 where no pair differs.
+
+    McNemar 1947, Psychometrika 12, 153–157: a binomial test on the discordant pairs.
+    """
+    from scipy.stats import binomtest
+
+    ahead = sum(a and not b for a, b in zip(ours, theirs, strict=True))
+    behind = sum(b and not a for a, b in zip(ours, theirs, strict=True))
+    return float(binomtest(ahead, ahead + behind).pvalue) if ahead + behind else 1.0
+
+
+def matched_p(one: Sequence[bool], many: Sequence[Sequence[bool]]) -> float:
+    """Exact two-sided p that an arm hits as often as the arms matched to it, item by item.
+
+    `many` holds an item's replies in the other arms, at least one. Given an item's t hits among its
+    1 + s replies, the single arm has one with probability t / (1 + s), so its hits are a sum of
+    binomials. p sums what is no likelier than what was seen, as the exact binomial test does.
+    Miettinen 1969, Biometrics 25, 339–355.
+    """
+    from scipy.stats import binom
+
+    chances = Counter(
+        (int(hit) + sum(others)) / (1 + len(others)) for hit, others in zip(one, many, strict=True)
+    )
+    probability = np.ones(1)
+    for chance, items in chances.items():
+        probability = np.convolve(probability, binom.pmf(np.arange(items + 1), items, chance))
+    seen = probability[sum(map(int, one))]
+    return float(min(1.0, probability[probability <= seen * (1 + 1e-7)].sum()))
+
+
+def paired_bootstrap_difference(
+    by_item: Float[np.ndarray, " item"],
+    *,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of the mean difference, drawing items with replacement.
+
+    Few values occur, so a resample is a draw of how often each does (multinomial), not of items.
+    Of no width where every item did the same: read the shares' own intervals there.
+    """
+    values, often = np.unique(by_item, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(
+        len(by_item), often / len(by_item), size=resamples
+    )
+    means = draws @ values / len(by_item)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment, in the order given.
+
+    The i-th smallest of m becomes the largest of (m − j + 1) · p(j) over j ≤ i, at most 1.
+    Holm 1979, Scandinavian Journal of Statistics 6, 65–70.
+    """
+    order = np.argsort(p, kind="stable")
+    scaled = np.asarray(p, dtype=float)[order] * np.arange(len(p), 0, -1)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(scaled))
+    return [float(value) for value in adjusted]

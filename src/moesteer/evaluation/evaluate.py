@@ -1,0 +1,390 @@
+"""A profile beside its controls, on tasks: asked, judged, compared, and resumable.
+
+Every arm (the unsteered model, the profile, its controls) answers the same prompts greedily. What
+was said and judged stands in `replies.jsonl`, how far each arm moved from the unsteered model in
+`drift.jsonl`, what the steering did in `fired.jsonl`, and the comparison in `summary.json`.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesteer.chat import TokenisedConversation, render_prompt
+from moesteer.detection.detect import installed_versions
+from moesteer.errors import MoesteerError, MoesteerWarning
+from moesteer.evaluation.cards import Card, all_cards, make_judges, read_items
+from moesteer.evaluation.comparison import (
+    UNSTEERED,
+    ArmFacts,
+    Comparison,
+    Drift,
+    TaskFacts,
+    compare,
+)
+from moesteer.evaluation.controls import arms as arms_of
+from moesteer.evaluation.drift import (
+    as_conversations,
+    divergence,
+    routing_drift,
+    selections,
+)
+from moesteer.evaluation.judge_check import doubts, known_check, told
+from moesteer.evaluation.judging import judge_replies
+from moesteer.evaluation.task import Item, Judge
+from moesteer.files import write_text
+from moesteer.generate import GROUP, check_steers
+from moesteer.runs import Run, open_run
+
+if TYPE_CHECKING:
+    from moesteer.engines.base import Engine
+    from moesteer.profile import Profile
+
+SUMMARY = "summary.json"
+BOOTSTRAP_SEED = 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task whose prompts are read and rendered, and whose judges are ready."""
+
+    card: Card
+    items: Sequence[Item]
+    prompts: Sequence[str]
+    judges: Sequence[Judge]
+    max_new_tokens: int
+
+
+def evaluate(
+    engine: "Engine",
+    profile: "Profile",
+    cards: Sequence[Card],
+    *,
+    out: str | Path,
+    split: str = "test",
+    data: Mapping[str, str] | None = None,
+    seeds: int = 3,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    limit: int | None = None,
+    chat_options: Mapping[str, bool | int | float | str] | None = None,
+    beside: "Mapping[str, Profile] | None" = None,
+    checks: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    command: str = "",
+) -> Comparison:
+    """Measure what a profile does on tasks, beside the unsteered model and controls.
+
+    `out` is the run's folder; an interrupted run is taken up. `data` names the file of a task's
+    prompts, `limit` asks only the first so many of each, `seeds` is how many random and how many
+    usage-matched controls there are, `beside` holds more arms by name, `chat_options` override the
+    profile's. Checks of the judges are looked for in the folder `checks`, by default the one that
+    holds `out`. `say` is told what it costs before it starts, `progress` how many replies there are
+    of how many.
+
+    Where all `cards` are targets, the price is measured beside them: see `with_prices`. Raises
+    MoesteerError where the profile steers nothing or doesn't fit, where a task has no prompts, and
+    where `out` holds anything else.
+    """
+    check_steers(profile)
+    _check_numbers(seeds=seeds, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens)
+    cards = with_prices(cards, data or {})
+    options = dict(profile.chat_options) | dict(chat_options or {})
+    asked = [
+        prepare(engine, card, split, (data or {}).get(card.name), options, limit, max_new_tokens)
+        for card in cards
+    ]
+    by_name = arms_of(profile, engine.facts.layers, seeds) | dict(beside or {})
+    settings = {
+        "model": engine.facts.id,
+        "model_facts": asdict(engine.facts),
+        "experts": f"activated {profile.activated}, deactivated {profile.deactivated}",
+        "profile": json.loads(profile.to_json()),
+        "tasks": {a.card.name: identity(a) for a in asked},
+        "split": split,
+        "seeds": seeds,
+        "beside": {name: json.loads(arm.to_json()) for name, arm in (beside or {}).items()},
+        "chat_options": options,
+        "batch_size": batch_size,
+        "max_new_tokens": {a.card.name: a.max_new_tokens for a in asked},
+    }
+    with open_run(out, "evaluate", settings, about(command)) as run:
+        _ask_all(run, engine, asked, by_name, batch_size, say, progress)
+        drifts = _drifts(run, engine, asked, by_name, batch_size)
+        facts, notes = _task_facts(engine, asked, checks or Path(out).parent)
+        for note in notes:
+            warnings.warn(note, MoesteerWarning, stacklevel=2)
+        shares, differences = compare(facts, list(by_name), run.lines("replies"), BOOTSTRAP_SEED)
+        fired = run.lines("fired")
+        comparison = Comparison(
+            model=engine.facts.id,
+            profile=profile.name,
+            split=split,
+            seed=BOOTSTRAP_SEED,
+            tasks=tuple(facts),
+            arms=tuple(_arm_facts(name, arm, fired) for name, arm in by_name.items()),
+            shares=tuple(shares),
+            differences=tuple(differences),
+            drifts=tuple(drifts),
+            notes=tuple(notes),
+        )
+        write_text(run.folder / SUMMARY, comparison.to_json() + "\n")
+    return comparison
+
+
+def with_prices(cards: Sequence[Card], data: Mapping[str, str]) -> list[Card]:
+    """The cards, and where all of them are targets, those that measure what steering costs.
+
+    Beside a task of the testbed all its tasks; elsewhere the price cards whose prompts are given or
+    lie there. Without any a MoesteerWarning says that no price is measured.
+    """
+    if any(card.role == "price" for card in cards):
+        return list(cards)
+    named = {card.name for card in cards}
+    bundled = any(card.testbed is not None for card in cards)
+    beside = [
+        card
+        for card in all_cards()
+        if card.name not in named
+        and (card.testbed is not None) == bundled
+        and (bundled or (card.role == "price" and _has_prompts(card, data)))
+    ]
+    if not any(card.role == "price" for card in beside):
+        warnings.warn(
+            "only targets are measured, no price: there is no task for harmless requests, fluency"
+            " or facts whose prompts are here. Give them with --tasks and --data.",
+            MoesteerWarning,
+            stacklevel=3,
+        )
+    return [*cards, *beside]
+
+
+def prepare(
+    engine: "Engine",
+    card: Card,
+    split: str,
+    data: str | None,
+    chat_options: Mapping[str, object],
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+) -> Asked:
+    """A card's prompts, rendered, with its judges; MoesteerError where the prompts are missing."""
+    items = read_items(card, split, data)[:limit]
+    prompts = []
+    for item in items:
+        try:
+            prompts.append(render_prompt(item.messages, engine.tokenizer, chat_options))
+        except MoesteerError as error:
+            raise MoesteerError(f"{item.source}: {error}") from None
+    judges = make_judges(card, engine, chat_options)
+    return Asked(card, items, prompts, judges, max_new_tokens or card.max_new_tokens)
+
+
+def identity(asked: Asked) -> str:
+    """What decides a task's replies and verdicts, as a hash."""
+    items = [(item.messages, sorted(item.columns.items())) for item in asked.items]
+    text = repr((replace(asked.card, where=""), items))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def about(command: str) -> dict[str, Any]:
+    """What a run tells of itself beside its settings."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"command": command, "versions": installed_versions(), "date": now}
+
+
+def _check_numbers(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        least = 0 if name == "seeds" else 1
+        if value is not None and value < least:
+            raise MoesteerError(
+                f"--{name.replace('_', '-')} is {value}; it must be at least {least}."
+            )
+
+
+def _has_prompts(card: Card, data: Mapping[str, str]) -> bool:
+    return card.name in data or Path(card.prompts.source).is_file()
+
+
+# -- replies -------------------------------------------------------------------------------------
+
+
+def _ask_all(
+    run: Run,
+    engine: "Engine",
+    asked: Sequence[Asked],
+    by_name: Mapping[str, "Profile | None"],
+    batch_size: int,
+    say: Callable[[str], None] | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Ask what the run has not yet; group by group, so that replies don't depend on interruptions.
+
+    A task's arms follow each other: the target is known first.
+    """
+    there = {(r["task"], r["arm"], r["item"]) for r in run.lines("replies")}
+    total = sum(len(a.items) for a in asked) * len(by_name)
+    done = len(there)
+    if say is not None:
+        words = f"{len(asked)} tasks × {len(by_name)} arms: {total:,} replies"
+        say(words + (f", {done:,} of them are there" if done else ""))
+    if progress is not None:
+        progress(done, total)
+    group = GROUP * batch_size
+    for task in asked:
+        for arm, profile in by_name.items():
+            for start in range(0, len(task.items), group):
+                chosen = range(start, min(start + group, len(task.items)))
+                missing = [i for i in chosen if (task.card.name, arm, i) not in there]
+                if missing:
+                    _ask(run, engine, task, arm, profile, chosen, missing, batch_size)
+                    done += len(missing)
+                    if progress is not None:
+                        progress(done, total)
+
+
+def _ask(
+    run: Run,
+    engine: "Engine",
+    task: Asked,
+    arm: str,
+    profile: "Profile | None",
+    chosen: range,
+    missing: Sequence[int],
+    batch_size: int,
+) -> None:
+    generated = engine.generate(
+        [task.prompts[i] for i in chosen],
+        profile,
+        max_new_tokens=task.max_new_tokens,
+        batch_size=batch_size,
+    )
+    replies = dict(zip(chosen, generated.replies, strict=True))
+    judged = judge_replies(
+        task.card,
+        task.judges,
+        [task.items[i] for i in missing],
+        [replies[i] for i in missing],
+    )
+    # The proof first: there is never a reply without it.
+    fired = [
+        {
+            "task": task.card.name,
+            "arm": arm,
+            "start": chosen.start,
+            "layer": seen.layer,
+            "tokens": seen.tokens,
+            "obeyed": seen.obeyed,
+        }
+        for seen in generated.evidence
+    ]
+    run.add("fired", fired)
+    run.add(
+        "replies",
+        [
+            {
+                "task": task.card.name,
+                "arm": arm,
+                "item": i,
+                "prompt": task.items[i].prompt,
+                "reply": replies[i],
+                "outcome": said.outcome,
+                "verdicts": [asdict(verdict) for verdict in said.verdicts],
+            }
+            for i, said in zip(missing, judged, strict=True)
+        ],
+    )
+
+
+# -- drift ---------------------------------------------------------------------------------------
+
+
+def _drifts(
+    run: Run,
+    engine: "Engine",
+    asked: Sequence[Asked],
+    by_name: Mapping[str, "Profile | None"],
+    batch_size: int,
+) -> list[Drift]:
+    """The drift of every steered arm on every task; what the run holds is not measured again."""
+    there = {(r["task"], r["arm"]): Drift(**r) for r in run.lines("drift")}
+    replies = {(r["task"], r["arm"], r["item"]): r["reply"] for r in run.lines("replies")}
+
+    def conversations(task: Asked, arm: str) -> list[TokenisedConversation]:
+        said = [replies[task.card.name, arm, i] for i in range(len(task.items))]
+        return as_conversations(engine.tokenizer, task.prompts, said)
+
+    for task in asked:
+        name = task.card.name
+        if all((name, arm) in there for arm, profile in by_name.items() if profile is not None):
+            continue
+        unsteered = conversations(task, UNSTEERED)
+        before = selections(engine, unsteered, batch_size)
+        for arm, profile in by_name.items():
+            if profile is None or (name, arm) in there:
+                continue
+            after = selections(engine, conversations(task, arm), batch_size)
+            kl = divergence(engine, unsteered, profile, batch_size)
+            drift = Drift(name, arm, kl, routing_drift(before, after))
+            run.add("drift", [asdict(drift)])
+            there[name, arm] = drift
+    return [there[key] for key in sorted(there, key=_in_order(asked, by_name))]
+
+
+def _in_order(
+    asked: Sequence[Asked], by_name: Mapping[str, object]
+) -> Callable[[tuple[str, str]], tuple[int, int]]:
+    tasks, arms = [task.card.name for task in asked], list(by_name)
+    return lambda key: (tasks.index(key[0]), arms.index(key[1]))
+
+
+# -- the summary ---------------------------------------------------------------------------------
+
+
+def _task_facts(
+    engine: "Engine", asked: Sequence[Asked], checks: str | Path
+) -> tuple[list[TaskFacts], list[str]]:
+    """What was asked, with each judge's check, and what speaks against trusting a judge."""
+    facts, notes = [], []
+    for task in asked:
+        card = task.card
+        check = known_check(card, checks, engine)
+        notes += doubts(card, check)
+        facts.append(
+            TaskFacts(
+                name=card.name,
+                title=card.title,
+                outcome=card.outcome,
+                outcomes=card.outcomes,
+                role=card.role,
+                harmless=card.harmless,
+                items=len(task.items),
+                check=told(check),
+            )
+        )
+    return facts, notes
+
+
+def _arm_facts(
+    name: str, profile: "Profile | None", fired: Sequence[Mapping[str, Any]]
+) -> ArmFacts:
+    if profile is None:
+        return ArmFacts(name)
+    # A group that was asked twice, because the first time was cut off, counts once.
+    mine = {(r["task"], r["start"], r["layer"]): r for r in fired if r["arm"] == name}
+    by_layer: dict[int, int] = {}
+    for (_, _, layer), record in mine.items():
+        by_layer[layer] = by_layer.get(layer, 0) + record["tokens"]
+    return ArmFacts(
+        name,
+        profile.activated,
+        profile.deactivated,
+        tokens=max(by_layer.values(), default=0),
+        obeyed=all(record["obeyed"] for record in mine.values()),
+        note=profile.name,
+    )

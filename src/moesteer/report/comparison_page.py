@@ -1,0 +1,153 @@
+"""What `moesteer evaluate` prints: arms by tasks, then the differences, then what it cost."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moesteer.evaluation.comparison import (
+    STEERED,
+    UNSTEERED,
+    ArmFacts,
+    Comparison,
+    Difference,
+    Share,
+    TaskFacts,
+    pool_of,
+)
+
+READING = """\
+Shares are of judged replies, with Wilson's 95 % interval. Differences are paired by prompt, in
+percentage points, with a 95 % bootstrap interval over prompts and an exact p, adjusted over tasks
+(Holm); 0 alone: no difference on any prompt. Of several seeds, shares show the mean and least–most;
+their p speaks of other prompts, not of other seeds.\
+"""
+
+
+def comparison_page(comparison: Comparison) -> RenderableType:
+    """Shares, differences, drift and the proof of firing; no replies."""
+    parts: list[RenderableType] = [
+        Text(f"{comparison.profile} on {comparison.model}, split {comparison.split}", "bold"),
+        Text(""),
+        shares_table(comparison),
+        Text(""),
+        differences_table(comparison),
+        Text(""),
+        drift_table(comparison),
+        Text(""),
+        Text(READING, "dim"),
+        *(Text(line) for line in _below(comparison)),
+    ]
+    return Group(*parts)
+
+
+def shares_table(comparison: Comparison) -> RenderableType:
+    """A row an arm or pool of arms, a column a task: the share of its outcome, with interval."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("share of replies")
+    for task in comparison.tasks:
+        table.add_column(f"{task.name}\n{task.outcome} ({task.role})", justify="right")
+    for pool in _pools(comparison):
+        cells = [_share_cell(shares) for shares in _by_task(comparison, pool)]
+        table.add_row(pool, *cells, style="" if pool in (UNSTEERED, STEERED) else "dim")
+    table.add_row("replies an arm", *(str(task.items) for task in comparison.tasks), style="dim")
+    return table
+
+
+def differences_table(comparison: Comparison) -> RenderableType:
+    """A row a comparison, a column a task: percentage points, interval and Holm's p."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("difference, points")
+    for task in comparison.tasks:
+        table.add_column(task.name, justify="right")
+    for arm, against in dict.fromkeys((d.arm, d.against) for d in comparison.differences):
+        cells = [
+            _difference_cell(comparison.difference(task.name, arm, against))
+            for task in comparison.tasks
+        ]
+        table.add_row(f"{arm} − {against}", *cells, style="" if arm == STEERED else "dim")
+    return table
+
+
+def drift_table(comparison: Comparison) -> RenderableType:
+    """A row an arm or pool, a column a task: KL to the unsteered model, and routing drift."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("KL (nats a token) / routing")
+    for task in comparison.tasks:
+        table.add_column(task.name, justify="right")
+    for pool in _pools(comparison):
+        rows = [d for d in comparison.drifts if pool_of(d.arm) == pool]
+        if rows:
+            cells = []
+            for task in comparison.tasks:
+                mine = [d for d in rows if d.task == task.name]
+                cells.append(f"{_mean([d.kl for d in mine])} / {_mean([d.routing for d in mine])}")
+            table.add_row(pool, *cells, style="" if pool == STEERED else "dim")
+    return table
+
+
+def _below(comparison: Comparison) -> Iterator[str]:
+    """The proof of firing, the judges' checks, what was unjudged, and other notes."""
+    for arm in comparison.arms:
+        if arm.name != UNSTEERED:
+            yield _fired_line(arm)
+    for task in comparison.tasks:
+        yield f"judge of {task.name}: {task.check}"
+        unjudged = sum(share.unjudged for share in _of_task(comparison, task))
+        if unjudged:
+            asked = task.items * len(comparison.arms)
+            yield f"unjudged on {task.name}: {unjudged:,} of {asked:,} replies, in no share"
+    for note in comparison.notes:
+        yield f"note: {note}"
+
+
+def _fired_line(arm: ArmFacts) -> str:
+    proof = "activated always selected, deactivated never" if arm.obeyed else "not always obeyed"
+    what = f"+{len(arm.activated)} −{len(arm.deactivated)} experts"
+    return f"fired: {arm.name} ({arm.note}): {what}; {arm.tokens:,} tokens a layer; {proof}"
+
+
+def _pools(comparison: Comparison) -> list[str]:
+    return list(dict.fromkeys(pool_of(arm.name) for arm in comparison.arms))
+
+
+def _by_task(comparison: Comparison, pool: str) -> list[list[Share]]:
+    return [
+        [share for share in _of_task(comparison, task) if pool_of(share.arm) == pool]
+        for task in comparison.tasks
+    ]
+
+
+def _of_task(comparison: Comparison, task: TaskFacts) -> list[Share]:
+    return [share for share in comparison.shares if share.task == task.name]
+
+
+def _share_cell(shares: Sequence[Share]) -> str:
+    values = [share.share for share in shares if share.share is not None]
+    if not values:
+        return "unjudged"
+    if len(shares) == 1:
+        return f"{values[0]:.0%} ({shares[0].low:.0%}–{shares[0].high:.0%})"
+    return f"{sum(values) / len(values):.0%} [{min(values):.0%}–{max(values):.0%}]"
+
+
+def _difference_cell(difference: Difference) -> str:
+    if difference.difference is None or difference.low is None or difference.high is None:
+        return "–"
+    if not (difference.difference or difference.low or difference.high):
+        return "0"
+    points, low, high = (100 * x for x in (difference.difference, difference.low, difference.high))
+    return f"{points:+.0f} ({low:+.0f} … {high:+.0f}) {p_words(difference.holm)}"
+
+
+def p_words(p: float | None) -> str:
+    """p = 0.03, or p < 0.001 where it is smaller; nothing without a p."""
+    if p is None:
+        return ""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.3f}" if known else "–"

@@ -1,0 +1,69 @@
+"""A report as one HTML file: no network, no fonts, a few lines of script, figures as inline SVG."""
+
+import base64
+import hashlib
+from pathlib import Path
+
+from moesteer.report.blocks import (
+    Cell,
+    Commands,
+    Curve,
+    Dot,
+    Exchange,
+    Figure,
+    Label,
+    Lead,
+    Line,
+    Paragraph,
+    Rect,
+    Report,
+    Table,
+    Warn,
+)
+from moesteer.version import __version__
+
+TEMPLATES = Path(__file__).parent / "template"
+
+KINDS = {
+    "cell": Cell,
+    "commands": Commands,
+    "curve": Curve,
+    "dot": Dot,
+    "exchange": Exchange,
+    "figure": Figure,
+    "label": Label,
+    "lead": Lead,
+    "line": Line,
+    "paragraph": Paragraph,
+    "rect": Rect,
+    "table": Table,
+    "warn": Warn,
+}
+
+
+def html_of(report: Report) -> str:
+    """The whole page. Everything that comes from outside is escaped; only our script may run."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["kind"] = _kind
+    script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("page.html.jinja").render(
+        report=report,
+        style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=digest,
+        version=__version__,
+    )
+
+
+def _kind(thing: object) -> str:
+    return next(name for name, form in KINDS.items() if isinstance(thing, form))

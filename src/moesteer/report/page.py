@@ -1,0 +1,333 @@
+"""What a report is about: run folders and profiles of one model, read and checked.
+
+A search brings its best profile and its evaluation on the test prompts along, an evaluation the
+profile that it evaluated.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesteer.errors import MoesteerError
+from moesteer.evaluation.comparison import Comparison
+from moesteer.evaluation.judge_check import JudgeCheck
+from moesteer.evaluation.search import BEST, SearchResult, Trial
+from moesteer.profile import FIXED, NORM_TOLERANCE, UNKNOWN, ModelFacts, Profile, Scores
+from moesteer.runs import Run, read_run
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A run of `evaluate`: the profile, how it compares, and every reply as a record."""
+
+    run: Run
+    profile: Profile
+    comparison: Comparison
+    replies: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A run of `search`: what it found, and all its trials."""
+
+    run: Run
+    result: SearchResult
+    trials: Sequence[Trial]
+
+
+@dataclass(frozen=True)
+class ExpertScore:
+    """One expert's score by one detector."""
+
+    layer: int
+    expert: int
+    value: float
+    low: float
+    high: float
+    p: float
+    q: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Rank correlation with knock-out, of scores and of sizes; how many strongest are shared."""
+
+    signed: float | None
+    size: float | None
+    shared: int
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Of planted experts: how many are among as many strongest, and where they and decoys rank."""
+
+    found: int
+    precision: float
+    recall: float
+    planted: tuple[int, ...]
+    decoys: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one detector says of the experts, and how far knock-out agrees."""
+
+    title: str
+    scores: tuple[ExpertScore, ...]
+    agreement: Agreement
+    recovery: Recovery | None
+
+
+@dataclass(frozen=True)
+class DetectorsResult:
+    """What `summary.json` of a run of `detectors` holds; `beside` is what else a knock changed."""
+
+    pairs: int
+    over: str
+    strongest: int
+    detectors: dict[str, Scored]
+    beside: dict[str, list[dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Detectors:
+    """A run of `detectors`."""
+
+    run: Run
+    result: DetectorsResult
+
+
+@dataclass(frozen=True)
+class Check:
+    """A run of `judge check`."""
+
+    run: Run
+    check: JudgeCheck
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything that a report tells of, of one model; `model` None where no source names one.
+
+    `profiles` are those with scores, each set of scores once.
+    """
+
+    model: ModelFacts | None
+    profiles: tuple[Profile, ...]
+    evaluations: tuple[Evaluation, ...]
+    searches: tuple[Search, ...]
+    detectors: tuple[Detectors, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The runs behind it; a search's own evaluation, which it started, is left out."""
+        own = {search.run.folder / "test" for search in self.searches}
+        runs = [item.run for item in (*self.searches, *self.evaluations)]
+        runs += [item.run for item in (*self.detectors, *self.checks)]
+        return tuple(run for run in runs if run.folder not in own)
+
+
+def gather(sources: Sequence[str | Path]) -> Page:
+    """Read run folders and profile files.
+
+    Raises MoesteerError for a run that isn't finished, a source that is neither, and results of
+    different models, which it names.
+    """
+    if not sources:
+        raise MoesteerError("there is nothing to report; give run folders or profiles.")
+    models: list[tuple[str, ModelFacts]] = []
+    profiles: list[Profile] = []
+    evaluations: list[Evaluation] = []
+    searches: list[Search] = []
+    detectors: list[Detectors] = []
+    checks: list[Check] = []
+    for source in dict.fromkeys(Path(source) for source in sources):
+        if not source.is_dir():
+            profiles.append(Profile.load(source))
+            continue
+        run = read_run(source)
+        match run.kind:
+            case "evaluate":
+                evaluations.append(_evaluation(run))
+            case "search":
+                searches.append(_search(run))
+                profiles.append(Profile.load(source / BEST))
+                evaluations.append(_evaluation(read_run(source / "test")))
+            case "detectors":
+                detectors.append(_detectors(run))
+            case "judge":
+                checks.append(_check(run))
+            case kind:
+                raise MoesteerError(
+                    f"{source} is a run of `{kind}`; a report is made of runs of `evaluate`,"
+                    " `search`, `detectors` and `judge check`, and of profiles."
+                )
+        facts = _facts_of(run)
+        if facts is not None:
+            models.append((str(source), facts))
+    evaluations = list({e.run.folder.resolve(): e for e in evaluations}.values())
+    profiles += [evaluation.profile for evaluation in evaluations]
+    models += [(profile.name, profile.model) for profile in profiles if profile.model is not None]
+    return Page(
+        model=_one_model(models),
+        profiles=_distinct(profiles),
+        evaluations=tuple(evaluations),
+        searches=tuple(searches),
+        detectors=tuple(detectors),
+        checks=tuple(checks),
+    )
+
+
+# -- one model -----------------------------------------------------------------------------------
+
+
+def _one_model(models: Sequence[tuple[str, ModelFacts]]) -> ModelFacts | None:
+    """The model that all are of, as whoever knows most of it tells; MoesteerError otherwise."""
+    known = sorted(models, key=lambda m: (m[1].id == UNKNOWN, not m[1].layers))
+    if not known:
+        return None
+    first, facts = known[0]
+    for name, other in known[1:]:
+        if what := _difference(facts, other):
+            raise MoesteerError(
+                f"{first} is of {facts.id} and {name} of {other.id}: {what}. A report is of one"
+                " model; make one for each."
+            )
+    return facts
+
+
+def _difference(one: ModelFacts, other: ModelFacts) -> str | None:
+    """What tells two models apart, None where they are the same as far as is known."""
+    if one.layers and other.layers and one.layers != other.layers:
+        return "their layers and experts differ"
+    hashes = (one.config_hash, other.config_hash)
+    if UNKNOWN not in hashes and hashes[0] != hashes[1]:
+        return f"their config hashes are {hashes[0]} and {hashes[1]}"
+    for layer, a, b in zip(one.layers, one.router_norms, other.router_norms, strict=False):
+        if abs(a - b) > NORM_TOLERANCE * abs(a):
+            return f"the router of layer {layer.layer} has norm {a:.6g} and {b:.6g}"
+    weighed = one.router_norms and other.router_norms
+    if not weighed and UNKNOWN not in (one.id, other.id) and one.id != other.id:
+        return "their names differ"
+    return None
+
+
+def _facts_of(run: Run) -> ModelFacts | None:
+    """The model that a run names, with as much as it says of it."""
+    from pydantic import TypeAdapter, ValidationError
+
+    raw = run.settings.get("model_facts", run.settings.get("model"))
+    if raw is None:
+        return None
+    if isinstance(raw, str):
+        return ModelFacts(raw, None, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, ())
+    try:
+        return TypeAdapter(ModelFacts).validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        raise MoesteerError(f"{run.folder}: model_facts: {error.errors()[0]['msg']}.") from None
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+
+def _summary(run: Run) -> tuple[str, Path]:
+    path = run.folder / SUMMARY
+    if not path.is_file():
+        command = run.about.get("command") or f"moesteer {run.kind} …"
+        raise MoesteerError(
+            f"{run.folder} is not finished: it has no {SUMMARY}. Go on with it by its command:"
+            f" {command}"
+        )
+    return path.read_text(encoding="utf-8"), path
+
+
+def _evaluation(run: Run) -> Evaluation:
+    profile = _profile_of(run)
+    return Evaluation(run, profile, Comparison.from_json(*_summary(run)), run.lines("replies"))
+
+
+def _search(run: Run) -> Search:
+    result = SearchResult.from_json(*_summary(run))
+    return Search(run, result, _trials(run))
+
+
+def _trials(run: Run) -> list[Trial]:
+    try:
+        return [Trial(**record) for record in run.lines("trials")]
+    except TypeError as error:
+        raise MoesteerError(f"{run.folder}: trials.jsonl: {error}.") from None
+
+
+def _detectors(run: Run) -> Detectors:
+    return Detectors(run, _read(DetectorsResult, run))
+
+
+def _check(run: Run) -> Check:
+    return Check(run, _read(JudgeCheck, run))
+
+
+def _read(form: type, run: Run) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    text, path = _summary(run)
+    try:
+        return TypeAdapter(form).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise MoesteerError(f"{path}: {where}: {first['msg']}.") from None
+
+
+# -- profiles ------------------------------------------------------------------------------------
+
+
+def _profile_of(run: Run) -> Profile:
+    """The profile that a run's settings hold, as `Profile.to_json` wrote it."""
+    from pydantic import TypeAdapter, ValidationError
+
+    raw = dict(run.settings.get("profile") or {})
+    known = {entry.name for entry in fields(Profile)} - {"scores"}
+    header = {key: value for key, value in raw.items() if key in known}
+    if any(raw.get(key) != value for key, value in FIXED.items()):
+        raise MoesteerError(f"{run.folder}: the settings hold no profile of this version.")
+    try:
+        profile = TypeAdapter(Profile).validate_json(json.dumps(header), strict=True)
+        return replace(profile, scores=_scores(profile, raw["scores"]))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("profile", *first["loc"])))
+        raise MoesteerError(f"{run.folder}: {where}: {first['msg']}.") from None
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise MoesteerError(f"{run.folder}: the profile's scores can't be read: {error}.") from None
+
+
+def _scores(profile: Profile, experts: Sequence[Mapping[str, float]]) -> Scores | None:
+    if not experts or profile.model is None:
+        return None
+    rows = {shape.layer: row for row, shape in enumerate(profile.model.layers)}
+    shape = (len(rows), max(layer.experts for layer in profile.model.layers))
+    arrays = {entry.name: np.zeros(shape) for entry in fields(Scores)}
+    for expert in experts:
+        for key, array in arrays.items():
+            array[rows[int(expert["layer"])], int(expert["expert"])] = expert[key]
+    return Scores(**arrays)
+
+
+def _distinct(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
+    """Those with scores, each set of scores once; of equal ones the one that steers most."""
+    found: dict[bytes, Profile] = {}
+    for profile in profiles:
+        if profile.scores is not None:
+            key = np.round(profile.scores.value, 9).tobytes()
+            steered = len(profile.activated) + len(profile.deactivated)
+            other = found.get(key)
+            if other is None or steered > len(other.activated) + len(other.deactivated):
+                found[key] = profile
+    return tuple(found.values())

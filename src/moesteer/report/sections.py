@@ -1,0 +1,202 @@
+"""What a report says, section by section, verdict first; nothing here is HTML or Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moesteer.profile import Profile
+from moesteer.report.blocks import (
+    Block,
+    Commands,
+    Lead,
+    Paragraph,
+    Report,
+    Section,
+    Table,
+    Warn,
+    text,
+)
+from moesteer.report.detectors_section import detector_blocks
+from moesteer.report.experts_section import expert_blocks
+from moesteer.report.judges_section import doubts, judge_blocks
+from moesteer.report.outcomes_section import outcome_blocks
+from moesteer.report.page import Page
+from moesteer.report.replies_section import reply_blocks
+from moesteer.report.search_section import search_blocks
+from moesteer.report.terminal import named
+from moesteer.report.verdict import TESTBED, verdicts, warnings_of
+
+
+def report_of(page: Page, show_replies: bool = False) -> Report:
+    """The whole report, verdict first."""
+    sections = [
+        ("Verdict", _verdict(page)),
+        ("What was asked", _asked(page)),
+        ("Outcomes", [b for e in page.evaluations for b in outcome_blocks(e)]),
+        ("Which experts", [b for p in page.profiles for b in expert_blocks(p)]),
+        ("How many experts", [b for s in page.searches for b in search_blocks(s)]),
+        ("Detectors against knock-out", [b for d in page.detectors for b in detector_blocks(d)]),
+        ("Judges", judge_blocks(page)),
+        ("Replies before and after", reply_blocks(page, show_replies)),
+        ("How to get this again", _origin(page)),
+    ]
+    written = tuple(Section(title, tuple(blocks)) for title, blocks in sections if blocks)
+    return Report(_title(page), written)
+
+
+def _title(page: Page) -> str:
+    """What is measured, on which model."""
+    targets = [verdicts(evaluation.comparison)[0].task for evaluation in page.evaluations]
+    tasks = [task for evaluation in page.evaluations for task in evaluation.comparison.tasks]
+    titles = {task.name: task.title for task in tasks}
+    names = [titles[name] for name in targets] or [profile.name for profile in page.profiles]
+    model = page.model.id if page.model is not None else "an unnamed model"
+    return f"{'; '.join(dict.fromkeys(names)) or 'Results'} ({model})"
+
+
+# -- verdict -------------------------------------------------------------------------------------
+
+
+def _verdict(page: Page) -> list[Block]:
+    blocks: list[Block] = []
+    for evaluation in page.evaluations:
+        first, *others = verdicts(evaluation.comparison)
+        blocks.append(Lead(first.sentence, first.claimed))
+        if others:
+            blocks.append(Paragraph(" ".join(f"{found.finding}." for found in others)))
+    if not page.evaluations:
+        blocks.append(
+            Lead(
+                "Nothing is claimed: no evaluation beside controls is among the results.",
+                False,
+            )
+        )
+    comparisons = [evaluation.comparison for evaluation in page.evaluations]
+    said = [line for comparison in comparisons for line in warnings_of(comparison)]
+    said += [line for line in doubts(page) if line not in said]
+    if not comparisons and page.model is not None and page.model.id in TESTBED:
+        said.append("The model was built for this. Its numbers say nothing about real models.")
+    return [*blocks, *(Warn(line) for line in dict.fromkeys(said))]
+
+
+# -- what was asked ------------------------------------------------------------------------------
+
+
+def _asked(page: Page) -> list[Block]:
+    rows: list[tuple[str, str]] = []
+    if page.model is not None:
+        facts = page.model
+        revision = f" @ {facts.revision}" if facts.revision else ""
+        rows.append(("model", f"{facts.id}{revision} ({facts.model_type})"))
+        widths = sorted({(shape.experts, shape.top_k) for shape in facts.layers})
+        shape = ", ".join(f"{e} experts, k = {k}" for e, k in widths)
+        if facts.layers:
+            rows.append(("routing", f"{len(facts.layers)} layers of {shape}; {facts.family}"))
+    steered = [evaluation.profile for evaluation in page.evaluations]
+    for profile in _each_once([*steered, *page.profiles]):
+        rows += _profile_rows(profile)
+    for evaluation in page.evaluations:
+        comparison = evaluation.comparison
+        tasks = [f"{t.name} ({t.items} prompts, {t.role})" for t in comparison.tasks]
+        rows.append((f"tasks, split {comparison.split}", ", ".join(tasks)))
+        rows.append(("bootstrap seed", str(comparison.seed)))
+    for search in page.searches:
+        result = search.result
+        limits = [f"{task} ≥ {least:g}" for task, least in result.prices.items()]
+        limits += [f"KL ≤ {result.max_kl:g}"] if result.max_kl is not None else []
+        rows.append(
+            (
+                "search on dev",
+                f"“{result.outcome}” on {result.target}, towards {result.toward.upper()};"
+                f" {'; '.join(limits) or 'no limits'}; {result.optimiser}, {result.budget} trials,"
+                f" seed {result.seed}",
+            )
+        )
+    cells = tuple((text(key), text(value)) for key, value in dict.fromkeys(rows))
+    return [Table("Model, pairs, tasks and seeds", ("what", "value"), cells)] if cells else []
+
+
+def _profile_rows(profile: Profile) -> list[tuple[str, str]]:
+    rows = []
+    for side, experts in (("activated", profile.activated), ("deactivated", profile.deactivated)):
+        if experts:
+            rows.append((f"{side} by {profile.name}", named(experts)))
+    if rows:
+        rows.append(("rule", f"{profile.rule}, dose {profile.dose:g}"))
+    seen = profile.evidence
+    if seen is not None:
+        rows.append(("pairs", f"{seen.pairs:,} from {seen.source}, target: {seen.target}"))
+        rows.append(("tokens", f"{seen.tokens_a:,} of A, {seen.tokens_b:,} of B ({seen.spans})"))
+        counted = f" ({seen.counted})" if seen.counted else ""
+        rows.append(("detector", f"{seen.detector}{counted}; {seen.interval}; seed {seen.seed}"))
+        if seen.stability is not None:
+            rows.append(("stability", f"rank correlation of split halves {seen.stability:.2f}"))
+    return rows
+
+
+def _each_once(profiles: Sequence[Profile]) -> list[Profile]:
+    """Profiles without those that say the same as one before: evidence, steering and name."""
+    seen: dict[tuple, Profile] = {}
+    for profile in profiles:
+        hash_of = None if profile.evidence is None else profile.evidence.data_hash
+        detector = None if profile.evidence is None else profile.evidence.detector
+        seen.setdefault((profile.activated, profile.deactivated, hash_of, detector), profile)
+    return list(seen.values())
+
+
+# -- origin --------------------------------------------------------------------------------------
+
+
+def _origin(page: Page) -> list[Block]:
+    from moesteer.detection.detect import installed_versions
+
+    made = [p.evidence.command for p in page.profiles if p.evidence is not None]
+    made += [str(run.about.get("command") or "") for run in page.runs]
+    lines = [line for command in made for line in command.split(" && ") if line]
+    blocks: list[Block] = []
+    if lines:
+        blocks.append(Commands(tuple(dict.fromkeys(lines))))
+    rows = [
+        (
+            text(run.folder.name),
+            text(run.kind),
+            text(run.about.get("date", "–")),
+            text(_seeds(run.settings)),
+            text(_versions(run.about.get("versions") or {})),
+        )
+        for run in page.runs
+    ]
+    rows += [
+        (
+            text(profile.name),
+            text("profile"),
+            text("–"),
+            text(f"seed {profile.evidence.seed}"),
+            text(_versions(profile.evidence.versions)),
+        )
+        for profile in page.profiles
+        if profile.evidence is not None
+    ]
+    rows.append(
+        (
+            text("this report"),
+            text("report"),
+            text("–"),
+            text("–"),
+            text(_versions(installed_versions())),
+        )
+    )
+    headings = ("source", "kind", "made", "seeds", "versions")
+    return [*blocks, Table("Where the results come from", headings, tuple(rows))]
+
+
+def _seeds(settings: Mapping[str, Any]) -> str:
+    words = []
+    if "seed" in settings:
+        words.append(f"seed {settings['seed']}")
+    if "seeds" in settings:
+        words.append(f"{settings['seeds']} seeds of controls, from 0")
+    return ", ".join(words) or "–"
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "–"

@@ -17,6 +17,10 @@ CHECKED = [
     "moesteer.rules",
     "moesteer.detection",
     "moesteer.engines.seam",
+    "moesteer.engines.readouts",
+    "moesteer.engines.gates",
+    "moesteer.evaluation.comparison",
+    "moesteer.evaluation.drift",
     "moesteer.published_rankings",
 ]
 install_import_hook(CHECKED, "beartype.beartype")

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from moesteer.engines.steering import Steering, steer
     from moesteer.engines.transformers_engine import TransformersEngine
     from moesteer.engines.transformers_engine import load_transformers as load
+    from moesteer.evaluation.cards import read_card
     from moesteer.evaluation.controls import random_control
+    from moesteer.evaluation.evaluate import evaluate
+    from moesteer.evaluation.search import search
     from moesteer.profile import Profile, combine
 
 _HOME = {
@@ -35,6 +38,9 @@ _HOME = {
     "steer": "moesteer.engines.steering:steer",
     "TransformersEngine": "moesteer.engines.transformers_engine:TransformersEngine",
     "load": "moesteer.engines.transformers_engine:load_transformers",
+    "read_card": "moesteer.evaluation.cards:read_card",
+    "evaluate": "moesteer.evaluation.evaluate:evaluate",
+    "search": "moesteer.evaluation.search:search",
     "random_control": "moesteer.evaluation.controls:random_control",
     "Profile": "moesteer.profile:Profile",
     "combine": "moesteer.profile:combine",
@@ -50,9 +56,12 @@ __all__ = [
     "__version__",
     "combine",
     "detect",
+    "evaluate",
     "load",
     "random_control",
+    "read_card",
     "read_pairs",
+    "search",
     "select",
     "steer",
 ]

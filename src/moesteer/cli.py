@@ -97,6 +97,9 @@ def _without_output(status: int) -> int:
 
 
 def _run(tokens: list[str]) -> int:
+    from inspect import Parameter as Kind
+    from inspect import signature
+
     from cyclopts import App, CycloptsError, Parameter
 
     from moesteer.errors import MoesteerError
@@ -105,7 +108,6 @@ def _run(tokens: list[str]) -> int:
         name="moesteer",
         help_format="plaintext",
         result_action="return_value",
-        default_parameter=Parameter(negative=()),
         suppress_keyboard_interrupt=False,  # ours says what becomes of the work
     )
     Parameter(name="*")(ModelOptions)  # its fields are options of the command that takes it
@@ -115,7 +117,10 @@ def _run(tokens: list[str]) -> int:
     }
     for name, command in COMMANDS.items():
         group, _, inner = name.rpartition(" ")
-        (groups[group] if group else app).command(command, name=inner)
+        # `--tasks a b`, but `--chat-option x=1 "a prompt"` where prompts are arguments.
+        kinds = {parameter.kind for parameter in signature(command).parameters.values()}
+        lists = Parameter(negative=(), consume_multiple=Kind.VAR_POSITIONAL not in kinds)
+        (groups[group] if group else app).command(command, name=inner, default_parameter=lists)
     for group in groups.values():
         app.command(group)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -129,7 +134,10 @@ def _run(tokens: list[str]) -> int:
     except MoesteerError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        goes_on = tokens[0] == "detect" or (tokens[0] == "generate" and "--out" in tokens)
+        with_out = {"generate", "detectors", "judge"}
+        goes_on = tokens[0] in {"detect", "evaluate", "search"} or (
+            tokens[0] in with_out and "--out" in tokens
+        )
         _complain("interrupted." + (" Started again, it goes on from there." if goes_on else ""))
         return 130
     return 0

@@ -17,6 +17,7 @@ from moesteer.detection.detect import detect
 from moesteer.detection.selecting import select_experts
 from moesteer.engines.base import Engine
 from moesteer.errors import MoesteerError, MoesteerWarning
+from moesteer.evaluation.comparison import wilson_interval
 from moesteer.evaluation.controls import random_control
 from moesteer.profile import Profile, Side
 from moesteer.testbed import ground_truth
@@ -55,6 +56,11 @@ class Outcomes:
 
     replies: list[tuple[Probe, str]]
     shares: Mapping[str, float]
+
+    def interval(self, column: str) -> tuple[float, float]:
+        """Wilson's 95 % interval of a column's share."""
+        asked = sum(probe.task == MEASURED[column][0] for probe, _ in self.replies)
+        return wilson_interval(round(self.shares[column] * asked), asked)
 
 
 @dataclass(frozen=True)

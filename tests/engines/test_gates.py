@@ -59,19 +59,27 @@ def moved(e: TransformersEngine, readout: Readout, row: int, expert: int, gate: 
     return sum(t.weight * float(logs[t.position - 1, t.token]) for t in readout.terms)
 
 
+def difference(e: TransformersEngine, readout: Readout, row: int, expert: int, h: float) -> float:
+    ends = [moved(e, readout, row, expert, gate) for gate in (1 + h, 1 - h)]
+    return (ends[0] - ends[1]) / (2 * h)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_are_finite_differences(name: str) -> None:
-    e = engine(name)
-    readouts = made_readouts()[1:3]
+    e, readouts = engine(name), made_readouts()[1:3]
     found = e.gate_gradients(readouts)
-    exact = np.zeros_like(found)
+    exact = np.full_like(found, np.nan)
     for number, readout in enumerate(readouts):
         for row, shape in enumerate(e.facts.layers):
             for expert in range(shape.experts):
-                ends = [moved(e, readout, row, expert, 1 + s * STEP) for s in (1, -1)]
-                exact[number, row, expert] = (ends[0] - ends[1]) / (2 * STEP)
-    np.testing.assert_allclose(found, exact, atol=1e-3, rtol=1e-3)
-    assert np.abs(exact).max() > 0.01
+                wide, narrow = (difference(e, readout, row, expert, h) for h in (STEP, STEP / 2))
+                # Where a router further up changes its mind, a readout jumps.
+                if abs(wide - narrow) < 1e-3 * max(1, abs(narrow)):
+                    exact[number, row, expert] = narrow
+    smooth = ~np.isnan(exact)
+    assert smooth.mean() > 0.8
+    np.testing.assert_allclose(found[smooth], exact[smooth], atol=1e-3, rtol=2e-3)
+    assert np.abs(exact[smooth]).max() > 0.01
 
 
 @pytest.mark.parametrize("name", TYPES)

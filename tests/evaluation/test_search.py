@@ -20,15 +20,8 @@ from moesteer.errors import MoesteerError
 from moesteer.evaluation.cards import read_card
 from moesteer.evaluation.comparison import STEERED, UNSTEERED
 from moesteer.evaluation.controls import shuffled_ranking
-from moesteer.evaluation.search import (
-    SearchResult,
-    Trial,
-    best_of,
-    grid,
-    most_experts,
-    pareto_front,
-    search,
-)
+from moesteer.evaluation.search import SearchResult, grid, most_experts, search
+from moesteer.evaluation.trials import Trial, best_of, pareto_front
 from moesteer.profile import Profile, Side
 from moesteer.testbed import ground_truth
 from moesteer.testbed.world import outcome, probes
@@ -92,10 +85,10 @@ def test_the_search_reaches_the_planted_effect_within_its_limits_and_random_rank
     planted = Profile(activated=ground_truth().behaviours["document"].planted)
     effect = followed(engine, planted, "test") - before
     assert effect >= 0.4
-    shares = {arm: result.test.share(TARGET, arm).share for arm in (STEERED, UNSTEERED)}
-    assert shares[UNSTEERED] == before
-    assert shares[STEERED] is not None
-    assert shares[STEERED] - before >= 0.9 * effect
+    assert result.test.share(TARGET, UNSTEERED).share == before
+    steered = result.test.share(TARGET, STEERED).share
+    assert steered is not None
+    assert steered - before >= 0.9 * effect
     for task, least in PRICES.items():
         price = result.test.share(task, STEERED).share
         assert price is not None
@@ -226,6 +219,8 @@ def test_limits_that_the_unsteered_model_breaks(
     ("more", "message"),
     [
         ({"budget": 2}, "--budget is 2; it must be at least 3 trials a ranking"),
+        ({"seeds": -1}, "--seeds is -1; it must be at least 0"),
+        ({"limit": 0}, "--limit is 0; it must be at least 1"),
         ({"prices": [(read_card(TARGET), 0.5)]}, "testbed-document is named twice"),
     ],
 )
@@ -246,6 +241,9 @@ def test_rankings_need_scores_of_this_model(
         search(engine, [Profile(name="hand")], card, toward="a", out=out)
     with pytest.raises(MoesteerError, match="is given twice"):
         search(engine, [ranking, ranking], card, toward="a", out=out)
+    thinking = replace(ranking, chat_options={"thinking": True}, evidence=None, name="thinking")
+    with pytest.raises(MoesteerError, match="made with different chat options"):
+        search(engine, [ranking, thinking], card, toward="a", out=out)
     assert ranking.model is not None
     other = replace(ranking, model=replace(ranking.model, config_hash="other"))
     with pytest.raises(MoesteerError, match="config hash"):

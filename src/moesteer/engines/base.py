@@ -79,7 +79,8 @@ class Engine(Protocol):
     ) -> "Num[np.ndarray, 'conversation layer expert']":
         """How many target tokens of each conversation selected each expert.
 
-        With "probability", the sum of each expert's probability over the target tokens.
+        With "probability", the sum of each expert's probability over the target tokens, before any
+        steering.
 
         Layers in the order of `facts.layers`; all conversations go through in one batch.
         """
@@ -111,6 +112,7 @@ class Engine(Protocol):
     ) -> "Float[np.ndarray, 'profile readout']":
         """Each readout's value, in nats, under each profile (None: unsteered).
 
+        Log-probabilities are computed in fp32; a readout without terms is 0.
         `progress` is called with how many (profile, readout) pairs were read since the last call.
         Raises DidNotFire where a profile is not proved to have steered.
         """
@@ -121,7 +123,8 @@ class Engine(Protocol):
     ) -> "Float[np.ndarray, 'readout layer expert']":
         """Derivative of each readout by each expert's gate, at 1, summed over tokens.
 
-        The gate multiplies the weight that the router gives the expert.
+        The gate multiplies the weight that the router gives the expert; an expert that no token
+        selects has derivative 0. Raises MoesteerError where experts let no gradients through.
         """
         ...
 
@@ -130,7 +133,11 @@ class Engine(Protocol):
         conversations: "Sequence[TokenisedConversation]",
         profile: "Profile",
     ) -> "Float[np.ndarray, ' conversation']":
-        """Mean KL(unsteered ‖ steered) in nats of the next-token distributions at target tokens."""
+        """Mean KL(unsteered ‖ steered) in nats of the distributions that predict target tokens.
+
+        A text's very first token is predicted by nothing and left out; MoesteerError where no other
+        is in the target.
+        """
         ...
 
 

@@ -92,7 +92,7 @@ def evaluate(
     where `out` holds anything else.
     """
     check_steers(profile)
-    _check_numbers(seeds=seeds, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens)
+    check_numbers(seeds=seeds, batch_size=batch_size)
     cards = with_prices(cards, data or {})
     options = dict(profile.chat_options) | dict(chat_options or {})
     asked = [
@@ -174,6 +174,7 @@ def prepare(
     max_new_tokens: int | None = None,
 ) -> Asked:
     """A card's prompts, rendered, with its judges; MoesteerError where the prompts are missing."""
+    check_numbers(limit=limit, max_new_tokens=max_new_tokens)
     items = read_items(card, split, data)[:limit]
     prompts = []
     for item in items:
@@ -198,7 +199,8 @@ def about(command: str) -> dict[str, Any]:
     return {"command": command, "versions": installed_versions(), "date": now}
 
 
-def _check_numbers(**numbers: int | None) -> None:
+def check_numbers(**numbers: int | None) -> None:
+    """MoesteerError for an option of this name whose number is too small."""
     for name, value in numbers.items():
         least = 0 if name == "seeds" else 1
         if value is not None and value < least:
@@ -228,13 +230,19 @@ def _ask_all(
     A task's arms follow each other: the target is known first.
     """
     there = {(r["task"], r["arm"], r["item"]) for r in run.lines("replies")}
-    total = sum(len(a.items) for a in asked) * len(by_name)
+    total = sum(len(task.items) for task in asked) * len(by_name)
     done = len(there)
     if say is not None:
         words = f"{len(asked)} tasks × {len(by_name)} arms: {total:,} replies"
         say(words + (f", {done:,} of them are there" if done else ""))
-    if progress is not None:
-        progress(done, total)
+
+    def told(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(done, total)
+
+    told(0)
     group = GROUP * batch_size
     for task in asked:
         for arm, profile in by_name.items():
@@ -242,27 +250,28 @@ def _ask_all(
                 chosen = range(start, min(start + group, len(task.items)))
                 missing = [i for i in chosen if (task.card.name, arm, i) not in there]
                 if missing:
-                    _ask(run, engine, task, arm, profile, chosen, missing, batch_size)
-                    done += len(missing)
-                    if progress is not None:
-                        progress(done, total)
+                    told(len(missing) - len(chosen))  # what is there in part is asked again
+                    _ask(run, engine, task, (arm, profile), chosen, missing, batch_size, told)
 
 
 def _ask(
     run: Run,
     engine: "Engine",
     task: Asked,
-    arm: str,
-    profile: "Profile | None",
+    arm_and_profile: "tuple[str, Profile | None]",
     chosen: range,
     missing: Sequence[int],
     batch_size: int,
+    told: Callable[[int], None],
 ) -> None:
+    """Ask and judge one group; what is `missing` in the run is added to it."""
+    arm, profile = arm_and_profile
     generated = engine.generate(
         [task.prompts[i] for i in chosen],
         profile,
         max_new_tokens=task.max_new_tokens,
         batch_size=batch_size,
+        progress=told,
     )
     replies = dict(zip(chosen, generated.replies, strict=True))
     judged = judge_replies(

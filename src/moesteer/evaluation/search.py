@@ -13,30 +13,48 @@ search-matched control (Marbut, Olson, Wheeler 2026, arXiv 2606.04160, do it wit
 import hashlib
 import importlib
 import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesteer.chat import TokenisedConversation
 from moesteer.contrast import pairs_hash
 from moesteer.detection.detect_to_file import detect_to_file
-from moesteer.detection.selecting import ranked_experts, scores_by_expert, select_experts
-from moesteer.errors import MoesteerError, MoesteerWarning
+from moesteer.detection.selecting import ranked_experts, scores_by_expert
+from moesteer.errors import MoesteerError
 from moesteer.evaluation.cards import Card
 from moesteer.evaluation.comparison import Comparison, from_json
 from moesteer.evaluation.controls import shuffled_ranking
-from moesteer.evaluation.drift import as_conversations, divergence
-from moesteer.evaluation.evaluate import SUMMARY, Asked, about, evaluate, identity, prepare
-from moesteer.evaluation.judging import judge_replies
+from moesteer.evaluation.evaluate import (
+    SUMMARY,
+    about,
+    check_numbers,
+    evaluate,
+    identity,
+    prepare,
+)
+from moesteer.evaluation.trials import (
+    DOSES,
+    Bench,
+    Optimiser,
+    Plan,
+    Trial,
+    best_of,
+    best_or_error,
+    chosen_by,
+    key_of,
+    measure,
+    measure_unsteered,
+    pareto_front,
+    words,
+)
 from moesteer.files import write_text
 from moesteer.profile import Expert, LayerShape, Profile, Side, check_model
-from moesteer.runs import Run, open_run
+from moesteer.runs import open_run
 
 if TYPE_CHECKING:
     from moesteer.contrast import ContrastPair
@@ -45,36 +63,9 @@ if TYPE_CHECKING:
 SEARCH_SCHEMA = 1
 BUDGET = 48
 """Trials a search: a grid of 7 × 7 numbers without (0, 0)."""
-DOSES = (0.25, 0.5, 0.75, 1, 1.5, 2)
-"""Points of the dose curve, in multiples of the numbers found."""
 MOST = 1 / 3
 """At most this share of all experts is deactivated."""
 BEST = "best.safetensors"
-
-Optimiser = Literal["grid", "optuna"]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One choice of experts, measured on the dev prompts.
-
-    `stage` is "unsteered", "search" or "dose"; `control` is "random" in the search-matched control
-    of `seed`, else None. `values` are the shares of the target's and the prices' outcomes, `kl` the
-    mean divergence from the unsteered model on the prices' prompts (without any, on the target's).
-    `objective`: the target's share, or, where a limit is broken, by how much, negative.
-    """
-
-    stage: str
-    control: str | None
-    seed: int
-    detector: str
-    activate: int
-    deactivate: int
-    toward: Side
-    values: dict[str, float]
-    kl: float
-    allowed: bool
-    objective: float
 
 
 @dataclass(frozen=True)
@@ -101,6 +92,7 @@ class SearchResult:
     max_kl: float | None
     optimiser: Optimiser
     budget: int
+    seeds: int
     seed: int
     unsteered: Trial
     best: Trial
@@ -117,39 +109,6 @@ class SearchResult:
     def from_json(cls, text: str, where: str | Path = SUMMARY) -> "SearchResult":
         """Read what `to_json` wrote; MoesteerError, beginning with `where`, for anything else."""
         return from_json(cls, text, where, SEARCH_SCHEMA, "a search")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The least share of each price, and the largest KL."""
-
-    prices: Mapping[str, float]
-    max_kl: float | None
-
-    def broken(self, values: Mapping[str, float], kl: float) -> float:
-        """By how much the limits are broken, added up; 0: not at all."""
-        short = sum(max(0.0, least - values[task]) for task, least in self.prices.items())
-        over = 0.0 if self.max_kl is None else max(0.0, kl - self.max_kl)
-        return short + over
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every trial is measured on: the tasks, the target first, and within which limits.
-
-    `unsteered` holds, by task, the unsteered model's replies that KL is measured on, `known` the
-    trials that the run has already; `told` is called at each trial.
-    """
-
-    engine: "Engine"
-    run: Run
-    tasks: Sequence[Asked]
-    limits: Limits
-    toward: Side
-    batch_size: int
-    unsteered: dict[str, list[TokenisedConversation]]
-    known: dict[tuple, Trial]
-    told: Callable[[], None]
 
 
 def search(
@@ -185,59 +144,46 @@ def search(
     the test prompts as a run of its own in `test`. An interrupted run is taken up. Raises
     MoesteerError where the unsteered model breaks the limits, or every choice does.
     """
-    labelled = _labelled(rankings, engine)
+    plan = Plan(
+        toward, {c.name: least for c, least in prices}, max_kl, optimiser, budget, seeds, seed
+    )
     cards = [target, *(card for card, _ in prices)]
-    _check(cards, budget, len(labelled))
+    labelled = _labelled(rankings, engine)
+    check_numbers(seeds=seeds, batch_size=batch_size)
+    _check(cards, plan, len(labelled))
     options = dict(rankings[0].chat_options) | dict(chat_options or {})
     files = data or {}
     tasks = [
         prepare(engine, card, "dev", files.get(card.name), options, limit, max_new_tokens)
         for card in cards
     ]
-    limits = Limits({card.name: least for card, least in prices}, max_kl)
     settings = {
         "model": engine.facts.id,
         "model_facts": asdict(engine.facts),
         "rankings": {label: _digest(ranking) for label, ranking in labelled.items()},
         "target": f"{target.name}={target.outcome}",
         "tasks": {task.card.name: identity(task) for task in tasks},
-        "toward": toward,
-        "prices": dict(limits.prices),
-        "max_kl": max_kl,
-        "budget": budget,
-        "optimiser": optimiser,
-        "seeds": seeds,
-        "seed": seed,
+        **asdict(plan),
         "chat_options": options,
         "batch_size": batch_size,
         "max_new_tokens": [task.max_new_tokens for task in tasks],
     }
     with open_run(out, "search", settings, about(command)) as run:
-        bench = Bench(
-            engine=engine,
-            run=run,
-            tasks=tasks,
-            limits=limits,
-            toward=toward,
-            batch_size=batch_size,
-            unsteered={},
-            known={_key(trial): trial for trial in map(_trial, run.lines("trials"))},
-            told=_counter(progress, budget * (1 + seeds) + len(DOSES) + 1),
-        )
+        known = {key_of(trial): trial for trial in (Trial(**r) for r in run.lines("trials"))}
+        told = _counter(progress, plan.trials)
+        bench = Bench(engine, run, tasks, plan, batch_size, {}, known, told)
         if say is not None:
-            say(_cost(bench, budget * (1 + seeds) + len(DOSES) + 1))
-        unsteered = _measure_unsteered(bench)
-        plan = Plan(optimiser, budget, seed)
-        trials = search_ranking(bench, labelled, plan)
-        best = _best_or_error(trials)
-        profile = _chosen(labelled, best).made_by(command)
-        replace(profile, chat_options=options, name=BEST).save(run.folder / BEST)
+            say(_cost(bench))
+        unsteered = measure_unsteered(bench)
+        trials = search_ranking(bench, labelled)
+        best = best_or_error(trials)
+        profile = replace(chosen_by(labelled, best), chat_options=options, name=words(best))
+        profile.made_by(command).save(run.folder / BEST)
         dose = _dose_curve(bench, labelled, best)
-        controls = {number: _control(bench, labelled, plan, number) for number in range(seeds)}
-        found = {n: pair for n, pair in controls.items() if pair is not None}
+        found = {number: _control(bench, labelled, number) for number in range(seeds)}
         test = evaluate(
             engine,
-            replace(profile, chat_options=options, name=_words(best)),
+            profile,
             cards,
             out=run.folder / "test",
             data=data,
@@ -246,7 +192,7 @@ def search(
             max_new_tokens=max_new_tokens,
             limit=limit,
             checks=Path(out).parent,
-            beside={f"search-matched {n}": control for n, (_, control) in found.items()},
+            beside={f"search-matched {n}": pair[1] for n, pair in found.items() if pair},
             say=say,
             command=command,
         )
@@ -254,15 +200,10 @@ def search(
             model=engine.facts.id,
             target=target.name,
             outcome=target.outcome,
-            toward=toward,
-            prices=dict(limits.prices),
-            max_kl=max_kl,
-            optimiser=optimiser,
-            budget=budget,
-            seed=seed,
+            **asdict(plan),
             unsteered=unsteered,
             best=best,
-            controls=tuple(Found(n, found[n][0] if n in found else None) for n in controls),
+            controls=tuple(Found(n, pair and pair[0]) for n, pair in found.items()),
             dose=tuple(dose),
             front=tuple(pareto_front([unsteered, *trials])),
             test=test,
@@ -274,23 +215,15 @@ def search(
 # -- what is tried -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How choices are proposed, how many, and from which seed."""
-
-    optimiser: Optimiser
-    budget: int
-    seed: int
-
-
 def search_ranking(
-    bench: Bench, rankings: Mapping[str, Profile], plan: Plan, control: int | None = None
+    bench: Bench, rankings: Mapping[str, Profile], control: int | None = None
 ) -> list[Trial]:
     """All trials of one search over rankings by label, as the plan proposes them."""
-    most = {label: most_experts(ranking, bench.toward) for label, ranking in rankings.items()}
+    plan = bench.plan
+    most = {label: most_experts(ranking, plan.toward) for label, ranking in rankings.items()}
 
     def measured(label: str, activate: int, deactivate: int) -> Trial:
-        return _measure(bench, rankings[label], label, (activate, deactivate), "search", control)
+        return measure(bench, rankings[label], label, (activate, deactivate), "search", control)
 
     if plan.optimiser == "grid":
         return [measured(*choice) for choice in grid(most, plan.budget)]
@@ -373,191 +306,29 @@ def _by_optuna(
 
 
 def _control(
-    bench: Bench, rankings: Mapping[str, Profile], plan: Plan, number: int
+    bench: Bench, rankings: Mapping[str, Profile], number: int
 ) -> tuple[Trial, Profile] | None:
     """What the same search finds among randomly ranked experts; None where nothing is allowed."""
     shuffled = {label: shuffled_ranking(ranking, number) for label, ranking in rankings.items()}
-    best = best_of(search_ranking(bench, shuffled, plan, control=number))
+    best = best_of(search_ranking(bench, shuffled, control=number))
     if best is None:
         return None
-    return best, replace(_chosen(shuffled, best), name=f"{_words(best)}, ranked at random")
+    return best, replace(chosen_by(shuffled, best), name=f"{words(best)}, ranked at random")
 
 
 def _dose_curve(bench: Bench, rankings: Mapping[str, Profile], best: Trial) -> list[Trial]:
     """The best choice with fewer and with more experts, as far as there are any."""
     ranking = rankings[best.detector]
-    up, down = most_experts(ranking, bench.toward)
+    up, down = most_experts(ranking, bench.plan.toward)
     numbers = {
         (min(round(best.activate * dose), up), min(round(best.deactivate * dose), down))
         for dose in DOSES
     }
     return [
-        _measure(bench, ranking, best.detector, pair, "dose", None)
+        measure(bench, ranking, best.detector, pair, "dose", None)
         for pair in sorted(numbers)
         if any(pair)
     ]
-
-
-# -- measuring -----------------------------------------------------------------------------------
-
-
-def _measure_unsteered(bench: Bench) -> Trial:
-    """The unsteered model on the same prompts; MoesteerError where it breaks the limits itself."""
-    there = {(r["task"], r["item"]): r["reply"] for r in bench.run.lines("unsteered")}
-    for task in bench.tasks:
-        name = task.card.name
-        missing = [(name, i) for i in range(len(task.items)) if (name, i) not in there]
-        if missing:
-            replies = _replies(bench, task, None)
-            bench.run.add(
-                "unsteered",
-                [{"task": name, "item": i, "reply": replies[i]} for _, i in missing],
-            )
-            there |= {(name, i): replies[i] for _, i in missing}
-    replies = {
-        task.card.name: [there[task.card.name, i] for i in range(len(task.items))]
-        for task in bench.tasks
-    }
-    values = {task.card.name: _share(task, replies[task.card.name]) for task in bench.tasks}
-    for task in bench.tasks[1:] or bench.tasks[:1]:
-        bench.unsteered[task.card.name] = as_conversations(
-            bench.engine.tokenizer, task.prompts, replies[task.card.name]
-        )
-    broken = {
-        name: share for name, share in values.items() if share < bench.limits.prices.get(name, 0)
-    }
-    for name, share in broken.items():
-        raise MoesteerError(
-            f"the unsteered model itself has {share:.3f} on {name}, and at least"
-            f" {bench.limits.prices[name]:g} is asked for. Lower --prices."
-        )
-    target = bench.tasks[0].card.name
-    return _kept(
-        bench,
-        Trial("unsteered", None, 0, "", 0, 0, bench.toward, values, 0.0, True, values[target]),
-    )
-
-
-def _measure(
-    bench: Bench,
-    ranking: Profile,
-    label: str,
-    numbers: tuple[int, int],
-    stage: Literal["search", "dose"],
-    control: int | None,
-) -> Trial:
-    """One choice on the dev prompts; taken from the run where it is there."""
-    activate, deactivate = numbers
-    kind = None if control is None else "random"
-    blank = Trial(
-        stage, kind, control or 0, label, activate, deactivate, bench.toward, {}, 0.0, True, 0.0
-    )
-    found = bench.known.get(_key(blank))
-    if found is None:
-        profile = _select(ranking, numbers, bench.toward)
-        values = {
-            task.card.name: _share(task, _replies(bench, task, profile)) for task in bench.tasks
-        }
-        kl = _kl(bench, profile)
-        broken = bench.limits.broken(values, kl)
-        target = values[bench.tasks[0].card.name]
-        found = replace(
-            blank, values=values, kl=kl, allowed=not broken, objective=-broken if broken else target
-        )
-    return _kept(bench, replace(found, stage=stage))
-
-
-def _kept(bench: Bench, trial: Trial) -> Trial:
-    """The trial, written to the run unless it is there."""
-    if _key(trial) not in bench.known:
-        bench.known[_key(trial)] = trial
-        bench.run.add("trials", [asdict(trial)])
-    bench.told()
-    return trial
-
-
-def _replies(bench: Bench, task: Asked, profile: Profile | None) -> list[str]:
-    return bench.engine.generate(
-        task.prompts,
-        profile,
-        max_new_tokens=task.max_new_tokens,
-        batch_size=bench.batch_size,
-    ).replies
-
-
-def _share(task: Asked, replies: Sequence[str]) -> float:
-    """Share of the task's outcome among the replies that could be judged."""
-    judged = judge_replies(task.card, task.judges, task.items, replies)
-    outcomes = [one.outcome for one in judged if one.outcome is not None]
-    if not outcomes:
-        why = judged[0].verdicts[0].note if judged else "there are none"
-        raise MoesteerError(f"none of the replies to {task.card.name} could be judged: {why}")
-    return sum(outcome == task.card.outcome for outcome in outcomes) / len(outcomes)
-
-
-def _kl(bench: Bench, profile: Profile) -> float:
-    by_task = [
-        divergence(bench.engine, conversations, profile, bench.batch_size)
-        for conversations in bench.unsteered.values()
-    ]
-    return float(np.mean([kl for kl in by_task if kl is not None] or [0.0]))
-
-
-# -- choosing ------------------------------------------------------------------------------------
-
-
-def best_of(trials: Sequence[Trial]) -> Trial | None:
-    """The allowed trial with the largest target share, of equal ones that with the fewest experts.
-
-    None where no trial is allowed.
-    """
-    allowed = [trial for trial in trials if trial.allowed]
-    return max(
-        allowed,
-        key=lambda t: (t.objective, -(t.activate + t.deactivate), -t.kl),
-        default=None,
-    )
-
-
-def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that no other equals in every task's share and beats in one.
-
-    Of several with the same shares, the one with the fewest experts.
-    """
-
-    def beats(one: Trial, other: Trial) -> bool:
-        pairs = [(share, other.values[task]) for task, share in one.values.items()]
-        return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
-
-    fewest: dict[tuple, Trial] = {}
-    for trial in sorted(trials, key=lambda t: (t.activate + t.deactivate, t.kl)):
-        fewest.setdefault(tuple(sorted(trial.values.items())), trial)
-    left = list(fewest.values())
-    return [trial for trial in left if not any(beats(other, trial) for other in left)]
-
-
-def _best_or_error(trials: Sequence[Trial]) -> Trial:
-    best = best_of(trials)
-    if best is None:
-        nearest = max(trials, key=lambda trial: trial.objective)
-        raise MoesteerError(
-            f"none of {len(trials)} choices keeps to the limits; the nearest ({_words(nearest)})"
-            f" gives {nearest.values}, KL {nearest.kl:.3g}. Loosen --prices or --max-kl, or give"
-            " another ranking."
-        )
-    return best
-
-
-def _chosen(rankings: Mapping[str, Profile], trial: Trial) -> Profile:
-    return _select(rankings[trial.detector], (trial.activate, trial.deactivate), trial.toward)
-
-
-def _select(ranking: Profile, numbers: tuple[int, int], toward: Side) -> Profile:
-    activate, deactivate = numbers
-    with warnings.catch_warnings():
-        # Equal or uncertain scores are no matter here: a choice is judged by what it does on dev.
-        warnings.simplefilter("ignore", MoesteerWarning)
-        return select_experts(ranking, activate=activate, deactivate=deactivate, toward=toward)
 
 
 # -- rankings ----------------------------------------------------------------------------------
@@ -623,16 +394,22 @@ def _labelled(rankings: Sequence[Profile], engine: "Engine") -> dict[str, Profil
         if ranking.scores is None:
             raise MoesteerError(f"{ranking.name} holds no scores to rank experts by.")
         check_model(ranking, engine.facts)
+        if ranking.chat_options != rankings[0].chat_options:
+            raise MoesteerError(
+                f"{ranking.name} and {rankings[0].name} were made with different chat options:"
+                f" {ranking.chat_options} and {rankings[0].chat_options}."
+            )
     return labelled
 
 
-def _check(cards: Sequence[Card], budget: int, rankings: int) -> None:
+def _check(cards: Sequence[Card], plan: Plan, rankings: int) -> None:
     names = [card.name for card in cards]
     if twice := [name for name in names if names.count(name) > 1]:
         raise MoesteerError(f"the task {twice[0]} is named twice among --target and --prices.")
-    if budget < 3 * rankings:
+    if plan.budget < 3 * rankings:
         raise MoesteerError(
-            f"--budget is {budget}; it must be at least 3 trials a ranking, here {3 * rankings}."
+            f"--budget is {plan.budget}; it must be at least 3 trials a ranking, here"
+            f" {3 * rankings}."
         )
 
 
@@ -642,21 +419,8 @@ def _digest(ranking: Profile) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _trial(record: Mapping[str, Any]) -> Trial:
-    return Trial(**record)
-
-
-def _key(trial: Trial) -> tuple:
-    """What decides a trial's values, whatever it was tried for."""
-    chosen = (trial.control, trial.seed, trial.detector, trial.activate, trial.deactivate)
-    return (trial.stage == "unsteered", *chosen)
-
-
-def _words(trial: Trial) -> str:
-    return f"{trial.activate} activated, {trial.deactivate} deactivated by {trial.detector}"
-
-
-def _cost(bench: Bench, trials: int) -> str:
+def _cost(bench: Bench) -> str:
+    trials = bench.plan.trials
     prompts = sum(len(task.items) for task in bench.tasks)
     there = f" ({len(bench.known):,} trials are there)" if bench.known else ""
     return (

@@ -193,5 +193,5 @@ def probability(p: float | None) -> Cell:
 def signs(written: str) -> str:
     """Minus signs for hyphens, and none before a zero."""
     if written.startswith("-") and not written.strip("-0."):
-        written = ("+" if "+" in written else "") + written[1:]
+        written = written[1:]
     return written.replace("-", MINUS)

@@ -9,7 +9,16 @@ from rich.table import Table
 from rich.text import Text
 
 from moesteer import testbed
-from moesteer.demo import MEASURED, PROBES, SEEDS, TARGET, BehaviourResult, DemoResult, Direction
+from moesteer.demo import (
+    MEASURED,
+    PROBES,
+    SEEDS,
+    TARGET,
+    BehaviourResult,
+    DemoResult,
+    Direction,
+    Outcomes,
+)
 from moesteer.profile import Expert
 from moesteer.report.terminal import expert_table, heat_map, named, print_text
 from moesteer.testbed.world import Probe
@@ -23,20 +32,24 @@ and decoys beside them, whose routing goes with a behaviour though they do nothi
 is found can be checked. None of these numbers says anything about a real model.
 
 Each table below: experts are found on 192 contrast pairs, how many are steered is chosen on other
-prompts (dev), and outcomes are measured once on held-out ones (test, {PROBES} a column).\
+prompts (dev), and outcomes are measured once on held-out ones (test, {PROBES} a column). Shares
+stand with Wilson's 95 % interval, scores with one from resampling pairs. q is the share of false
+discoveries to expect among experts of so small a q: it says that routing differs between the sides,
+not that an expert matters.\
 """
 
 CLOSING = """\
 p marks planted experts; d decoys, trained to score as high and do nothing: a score says what goes
 with a behaviour, not what carries it. The dim rows are controls: as many random experts in the same
-layers (mean of {seeds} seeds, least–most), and the decoys alone. Read them in the bold columns, the
-behaviour's own. What moves in another column is a side effect; a random draw may also hit experts
-planted for that column's behaviour.
+layers (mean of {seeds} seeds, [least–most]), and the decoys alone. Read them in the bold columns,
+the behaviour's own. What moves in another column is a side effect; a random draw may also hit
+experts planted for that column's behaviour.
 
 Next, on your own model:
   moesteer doctor MODEL
   moesteer detect MODEL --pairs PAIRS.jsonl --activate 5 --toward a --out my.profile.safetensors
-  moesteer generate MODEL --with my.profile.safetensors "Hello"\
+  moesteer evaluate MODEL --with my.profile.safetensors --tasks TASK --out run
+  moesteer report run --out report.html\
 """
 
 
@@ -75,25 +88,27 @@ def outcome_table(found: BehaviourResult, result: DemoResult) -> RenderableType:
     targets = {TARGET[found.behaviour, side] for side in ("a", "b")}
     for column in MEASURED:
         table.add_column(column, justify="right", style="bold" if column in targets else "")
-    unsteered = result.unsteered.shares
     number = len(testbed.ground_truth().behaviours[found.behaviour].decoys)
-    table.add_row("unsteered", *(f"{unsteered[column]:.0%}" for column in MEASURED))
+    table.add_row("unsteered", *_shares(result.unsteered))
     for side, direction in found.toward.items():
         what = _what(direction)
-        steered = direction.steered.shares
-        table.add_row(
-            f"towards {side.upper()}: {what}", *(f"{steered[column]:.0%}" for column in MEASURED)
-        )
+        table.add_row(f"towards {side.upper()}: {what}", *_shares(direction.steered))
         table.add_row(
             f"  random: {what}", *(_spread(direction, column) for column in MEASURED), style="dim"
         )
-        decoys = direction.decoys.shares
         table.add_row(
-            f"  decoys: {number} {what.split()[1]}",
-            *(f"{decoys[column]:.0%}" for column in MEASURED),
-            style="dim",
+            f"  decoys: {number} {what.split()[1]}", *_shares(direction.decoys), style="dim"
         )
     return table
+
+
+def _shares(outcomes: Outcomes) -> list[str]:
+    """Each column's share with its interval: "50% (36–64)"."""
+    cells = []
+    for column in MEASURED:
+        low, high = outcomes.interval(column)
+        cells.append(f"{outcomes.shares[column]:.0%} ({100 * low:.0f}–{100 * high:.0f})")
+    return cells
 
 
 def _what(direction: Direction) -> str:
@@ -105,9 +120,7 @@ def _what(direction: Direction) -> str:
 
 def _spread(direction: Direction, column: str) -> str:
     shares = [control.shares[column] for control in direction.random]
-    if min(shares) == max(shares):
-        return f"{shares[0]:.0%}"
-    return f"{np.mean(shares):.0%} ({min(shares):.0%}–{max(shares):.0%})"
+    return f"{np.mean(shares):.0%} [{100 * min(shares):.0f}–{100 * max(shares):.0f}]"
 
 
 def _steered_lines(found: BehaviourResult, words: dict[Expert, str]) -> Iterator[Text]:

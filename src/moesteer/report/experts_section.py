@@ -29,12 +29,12 @@ def expert_blocks(profile: Profile) -> list[Block]:
         Figure(
             f"Scores of all experts: {profile.name}",
             (heat_map(profile),),
-            "A row a layer, a column an expert. Red goes with A, blue with B; outlined where q < 0.05; + activated, − deactivated.",
+            "A row a layer, a column an expert. Red goes with A, blue with B; outlined where"
+            " q < 0.05; + activated, − deactivated.",
             _grid(profile),
         )
     ]
-    assert profile.scores is not None
-    if profile.scores.p.min() < 1:
+    if min(experts_table(profile, "p").values()) < 1:
         figures.append(
             Figure(
                 f"Score against certainty: {profile.name}",

@@ -8,12 +8,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from moesteer.detection.selecting import ranked_experts
+from moesteer.detection.selecting import experts_table, ranked_experts
 from moesteer.evaluation.comparison import STEERED, UNSTEERED, Comparison, TaskFacts, pool_of
 from moesteer.profile import Profile
-from moesteer.report.blocks import NARROW, Curve, Dot, Drawing, Label, Line, Mark, Rect, signs
+from moesteer.report.blocks import (
+    NARROW,
+    Curve,
+    Dot,
+    Drawing,
+    Label,
+    Line,
+    Mark,
+    Rect,
+    percent,
+    signs,
+)
 from moesteer.report.terminal import FALSE_DISCOVERIES
 
 SMALLEST_P = 1e-300
@@ -63,7 +72,7 @@ def heat_map(profile: Profile) -> Drawing:
     shapes = profile.model.layers
     widest = max(shape.experts for shape in shapes)
     side = max(12, min(34, 680 // widest))
-    largest = float(np.abs(profile.scores.value).max()) or 1.0
+    largest = _largest(profile)
     signs_of = dict.fromkeys(profile.activated, "+") | dict.fromkeys(profile.deactivated, "−")
     cells: list[Mark] = []
     over: list[Mark] = []
@@ -117,8 +126,8 @@ def volcano(profile: Profile) -> Drawing:
     assert profile.model is not None
     scores = profile.scores
     steered = {*profile.activated, *profile.deactivated}
-    largest = float(np.abs(scores.value).max()) or 1.0
-    highest = max(1.0, -math.log10(max(float(scores.p.min()), SMALLEST_P)))
+    largest = _largest(profile)
+    highest = max(1.0, -math.log10(max(min(experts_table(profile, "p").values()), SMALLEST_P)))
     x = Scale(-1.08 * largest, 1.08 * largest, LEFT, 560)
     y = Scale(0, 1.05 * highest, 300, 28)
     marks = _axes(x, y, "score (right: more in A)", "−log₁₀ p")
@@ -135,7 +144,7 @@ def volcano(profile: Profile) -> Drawing:
             marks.append(dot)
             if (shape.layer, expert) in steered:
                 later.append(Dot(dot.x, dot.y, 6.5, "ring"))
-    found = int((scores.q < FALSE_DISCOVERIES).sum())
+    found = sum(q < FALSE_DISCOVERIES for q in experts_table(profile, "q").values())
     return Drawing(
         f"Score against certainty: {profile.name}",
         f"{found} experts have q < {FALSE_DISCOVERIES}; {_strongest_words(profile)}.",
@@ -157,8 +166,8 @@ def expert_words(profile: Profile, row: int, expert: int) -> str:
         f"layer {layer}, expert {expert}: {s.value[at]:+.3f} ({s.low[at]:+.3f} … {s.high[at]:+.3f})"
     )
     certainty = f"q {'< 0.001' if s.q[at] < 0.001 else f'= {s.q[at]:.3f}'}"
-    rates = f"in A {100 * s.rate_a[at]:.0f} %{_count(profile, 'tokens_a', s.rate_a[at])}"
-    rates += f", in B {100 * s.rate_b[at]:.0f} %{_count(profile, 'tokens_b', s.rate_b[at])}"
+    rates = f"in A {percent(s.rate_a[at]).text}{_count(profile, 'tokens_a', s.rate_a[at])}"
+    rates += f", in B {percent(s.rate_b[at]).text}{_count(profile, 'tokens_b', s.rate_b[at])}"
     return "; ".join(filter(None, (words, certainty, rates, role)))
 
 
@@ -169,6 +178,11 @@ def _count(profile: Profile, side: str, rate: float) -> str:
         return ""
     tokens = getattr(seen, side)
     return f" ({round(rate * tokens):,} of {tokens:,})"
+
+
+def _largest(profile: Profile) -> float:
+    """The largest |score|; 1 where all are 0."""
+    return max(map(abs, experts_table(profile, "value").values())) or 1.0
 
 
 def _strongest_words(profile: Profile) -> str:
@@ -192,7 +206,7 @@ def outcome_dots(comparison: Comparison, task: TaskFacts) -> Drawing:
     for share in (0, 0.25, 0.5, 0.75, 1):
         marks.append(Line(x(share), top - 10, x(share), bottom, "grid"))
         if share in (0, 0.5, 1):
-            words = f"{100 * share:.0f} %"
+            words = percent(share).text
             marks.append(Label(x(share), bottom + 16, words, "middle", "quiet"))
     before = comparison.share(task.name, UNSTEERED).share
     if before is not None:
@@ -207,14 +221,14 @@ def outcome_dots(comparison: Comparison, task: TaskFacts) -> Drawing:
                 continue
             at = y + 5 * (number - (len(shares) - 1) / 2)
             told = (
-                f"{share.arm}: {100 * share.share:.0f} % ({100 * share.low:.0f} …"
-                f" {100 * share.high:.0f} %), {share.count} of {share.n}"
+                f"{share.arm}: {percent(share.share).text} ({percent(share.low).text} …"
+                f" {percent(share.high).text}), {share.count} of {share.n}"
             )
             told += f", {share.unjudged} unjudged" if share.unjudged else ""
             marks.append(Line(x(share.low), at, x(share.high), at, f"span {style}"))
             marks.append(Dot(x(share.share), at, 4.5 if len(shares) == 1 else 3, style, told))
     words = [
-        f"{arm} {100 * share:.0f} %"
+        f"{arm} {percent(share).text}"
         for arm in (UNSTEERED, STEERED)
         if (share := comparison.share(task.name, arm).share) is not None
     ]

@@ -118,7 +118,7 @@ def doubts(page: Page) -> Iterator[str]:
     if never:
         yield f"The judges of {', '.join(dict.fromkeys(never))} were never checked."
     for evaluation in page.evaluations:
-        yield from (note for note in evaluation.comparison.notes if NEVER_CHECKED not in note)
+        yield from (note for note in evaluation.comparison.notes if f"{NEVER_CHECKED};" not in note)
     for check in page.checks:
         for name, mode in check.check.modes.items():
             if mode.share <= chance(check):

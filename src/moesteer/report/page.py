@@ -115,7 +115,7 @@ class Check:
 class Page:
     """Everything that a report tells of, of one model; `model` None where no source names one.
 
-    `profiles` are those with scores, each set of scores once.
+    `profiles` are those with scores, each once: see `_distinct`.
     """
 
     model: ModelFacts | None
@@ -207,9 +207,12 @@ def _difference(one: ModelFacts, other: ModelFacts) -> str | None:
     """What tells two models apart, None where they are the same as far as is known."""
     if one.layers and other.layers and one.layers != other.layers:
         return "their layers and experts differ"
-    hashes = (one.config_hash, other.config_hash)
-    if UNKNOWN not in hashes and hashes[0] != hashes[1]:
-        return f"their config hashes are {hashes[0]} and {hashes[1]}"
+    for what, a, b in (
+        ("routing families", one.family, other.family),
+        ("config hashes", one.config_hash, other.config_hash),
+    ):
+        if UNKNOWN not in (a, b) and a != b:
+            return f"their {what} are {a} and {b}"
     for layer, a, b in zip(one.layers, one.router_norms, other.router_norms, strict=False):
         if abs(a - b) > NORM_TOLERANCE * abs(a):
             return f"the router of layer {layer.layer} has norm {a:.6g} and {b:.6g}"
@@ -321,13 +324,12 @@ def _scores(profile: Profile, experts: Sequence[Mapping[str, float]]) -> Scores 
 
 
 def _distinct(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
-    """Those with scores, each set of scores once; of equal ones the one that steers most."""
-    found: dict[bytes, Profile] = {}
-    for profile in profiles:
+    """Those with scores, each once; what steers nothing only where nothing else has its scores."""
+    found: dict[tuple, Profile] = {}
+    for profile in sorted(profiles, key=lambda profile: not profile.steered_layers):
         if profile.scores is not None:
-            key = np.round(profile.scores.value, 9).tobytes()
-            steered = len(profile.activated) + len(profile.deactivated)
-            other = found.get(key)
-            if other is None or steered > len(other.activated) + len(other.deactivated):
-                found[key] = profile
+            scores = np.round(profile.scores.value, 9).tobytes()
+            steered = (frozenset(profile.activated), frozenset(profile.deactivated))
+            if profile.steered_layers or scores not in {key[0] for key in found}:
+                found.setdefault((scores, *steered), profile)
     return tuple(found.values())

@@ -6,7 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moesteer.evaluation.search import BEST, SearchResult, Trial
+from moesteer.evaluation.search import BEST, SearchResult
+from moesteer.evaluation.trials import Trial
 from moesteer.report.comparison_page import comparison_page
 
 

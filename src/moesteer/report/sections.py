@@ -72,7 +72,9 @@ def _verdict(page: Page) -> list[Block]:
         )
     comparisons = [evaluation.comparison for evaluation in page.evaluations]
     said = [line for comparison in comparisons for line in warnings_of(comparison)]
-    said += [line for line in doubts(page) if line not in said]
+    said += doubts(page)
+    if len(comparisons) > 1:
+        said.append(f"p is adjusted over tasks, not over the {len(comparisons)} evaluations here.")
     if not comparisons and page.model is not None and page.model.id in TESTBED:
         said.append("The model was built for this. Its numbers say nothing about real models.")
     return [*blocks, *(Warn(line) for line in dict.fromkeys(said))]
@@ -149,7 +151,8 @@ def _each_once(profiles: Sequence[Profile]) -> list[Profile]:
 def _origin(page: Page) -> list[Block]:
     from moesteer.detection.detect import installed_versions
 
-    made = [p.evidence.command for p in page.profiles if p.evidence is not None]
+    profiles = [*page.profiles, *(evaluation.profile for evaluation in page.evaluations)]
+    made = [profile.evidence.command for profile in profiles if profile.evidence is not None]
     made += [str(run.about.get("command") or "") for run in page.runs]
     lines = [line for command in made for line in command.split(" && ") if line]
     blocks: list[Block] = []
@@ -159,7 +162,7 @@ def _origin(page: Page) -> list[Block]:
         (
             text(run.folder.name),
             text(run.kind),
-            text(run.about.get("date", "–")),
+            text(str(run.about.get("date", "–")).replace("T", " ")),
             text(_seeds(run.settings)),
             text(_versions(run.about.get("versions") or {})),
         )

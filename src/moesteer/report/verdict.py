@@ -86,6 +86,11 @@ def worst_price(comparison: Comparison) -> Difference | None:
 def warnings_of(comparison: Comparison) -> list[str]:
     """What a reader must know before believing the verdicts: a sentence each."""
     said = [SAYS_NOTHING] if comparison.model in TESTBED else []
+    if comparison.split != "test":
+        said.append(
+            f"{comparison.profile}: measured on the {comparison.split} prompts. What was chosen on"
+            " prompts is better on them than on others; measure it once on test."
+        )
     said += [
         f"{arm.name}: not every token obeyed the steering ({arm.note or 'no reason is known'})."
         for arm in comparison.arms
@@ -126,7 +131,7 @@ def _claim(comparison: Comparison, task: TaskFacts, differences: Sequence[Differ
     nearest = min(controls, key=lambda d: abs(d.difference or 0.0))
     verb = "raises" if _way(main) > 0 else "lowers"
     return (
-        f"Steering with {comparison.profile} {verb} the share of “{task.outcome}” on {task.name}"
+        f"Steering ({comparison.profile}) {verb} the share of “{task.outcome}” on {task.name}"
         f" {_from_to(comparison, task)}, by {points(main)}, and beyond every control (the nearest:"
         f" {nearest.against}, {points(nearest)})"
     )
@@ -142,11 +147,11 @@ def _no_claim(
     opening = f"On {task.name} nothing was found beyond random experts: "
     if main.difference is None:
         return opening + "no reply could be compared with the unsteered model's"
-    moved = f"steering with {comparison.profile} changes the share of “{task.outcome}”"
+    moved = f"steering ({comparison.profile}) changes the share of “{task.outcome}”"
     moved += f" {_from_to(comparison, task)}, by {points(main)}"
     if main.difference == 0:
         share = percent(comparison.share(task.name, STEERED).share).text
-        moved = f"steering with {comparison.profile} leaves the share of “{task.outcome}” at"
+        moved = f"steering ({comparison.profile}) leaves the share of “{task.outcome}” at"
         moved += f" {share}, {points(main)}"
     if main in short:
         return f"{opening}{moved}"

@@ -19,7 +19,7 @@ function tell(mark) {
 
 document.addEventListener("pointerover", (event) => {
   const mark = event.target.closest("[data-told]");
-  if (mark || !document.activeElement.matches(".plot")) tell(mark);
+  if (mark || !document.activeElement.matches(".plot:focus-visible")) tell(mark);
 });
 document.addEventListener("scroll", () => current && tell(current), true);
 

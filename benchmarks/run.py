@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def describe_machine() -> dict[str, str]:
-    from moesteer.detection.detect import installed_versions
+    from moesteer.provenance import installed_versions
 
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",

@@ -1,5 +1,7 @@
 """The demonstration, on fewer prompts: what it claims of the bundled model must be so."""
 
+from pathlib import Path
+
 import pytest
 
 from moesteer import demo
@@ -75,3 +77,30 @@ def test_the_page_shows_the_computed_numbers(
             assert any(reply in page for reply in said)
     shown = f"{result.unsteered.shares['document followed']:.0%}"
     assert shown in page
+
+
+def test_a_single_expert_switched_off_tells_planted_ones_from_decoys(result: DemoResult):
+    for found in result.behaviours:
+        truth = ground_truth().behaviours[found.behaviour]
+        assert min(found.knocked_out[expert] for expert in truth.planted) > 3
+        assert max(abs(found.knocked_out[expert]) for expert in truth.decoys) < 1
+
+
+def test_the_report_claims_what_was_planted_and_keeps_its_runs(
+    result: DemoResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(demo, "KNOCKED", 4)
+    monkeypatch.setattr(demo, "REPORTED_PROMPTS", 20)
+    page = demo.write_demo_report(load_transformers("testbed"), result, tmp_path / "demo.html")
+    told = page.with_suffix(".md").read_text()
+    verdict = told.partition("## Verdict")[2].partition("\n## ")[0]
+    claims = [line for line in verdict.splitlines() if line.startswith("**Steering")]
+    assert len(claims) == 3
+    for claim, share in zip(
+        claims, ("lowers the share of “refused”", "raises", "raises"), strict=True
+    ):
+        assert share in claim
+        assert "beyond every control" in claim
+    assert "say nothing about real models" in verdict
+    kept = {folder.name for folder in (tmp_path / "demo.runs").iterdir()}
+    assert kept == {*BEHAVIOURS, *(f"{name}-detectors" for name in BEHAVIOURS)}

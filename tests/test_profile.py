@@ -146,6 +146,41 @@ def test_json_for_programs():
     assert json.loads(Profile().to_json())["scores"] == []
 
 
+def test_json_is_read_back_whole():
+    for profile in (full(), Profile(activated=((2, 5),)), replace(full(), scores=None)):
+        read = Profile.from_json(profile.to_json())
+        assert read == profile
+        assert (read.scores is None) == (profile.scores is None)
+        if read.scores is not None and profile.scores is not None:
+            exists = [(0, 3), (1, 0), (2, 2)]
+            for key, array in vars(profile.scores).items():
+                assert [getattr(read.scores, key)[e] for e in exists] == [array[e] for e in exists]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda raw: raw.pop("name"), "no profile that can be read"),
+        (lambda raw: raw.update(schema=99), "schema 99"),
+        (lambda raw: raw.update(dose=2), "dose is 2"),
+        (lambda raw: raw["scores"][0].update(layer=77), "no profile that can be read"),
+        (lambda raw: raw["scores"][0].update(value=float("nan")), "must be a finite number"),
+    ],
+)
+def test_other_json_is_refused(change: Callable[[dict], object], said: str):
+    raw = json.loads(full().to_json())
+    change(raw)
+    with pytest.raises(MoesteerError, match=said) as refusal:
+        Profile.from_json(json.dumps(raw), "run.json")
+    assert str(refusal.value).startswith("run.json")
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{", "3"])
+def test_what_is_no_profile_at_all(text: str):
+    with pytest.raises(MoesteerError, match=r"^run\.json holds no profile"):
+        Profile.from_json(text, "run.json")
+
+
 def test_loading_never_unpickles(tmp_path: Path):
     class Bomb:
         def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:

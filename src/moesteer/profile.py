@@ -198,6 +198,17 @@ class Profile:
             {"schema": SCHEMA, **_as_json(self), "scores": scores}, ensure_ascii=False, indent=2
         )
 
+    @classmethod
+    def from_json(cls, text: str, where: str | Path = "profile") -> "Profile":
+        """What `to_json` wrote; MoesteerError, beginning with `where`, for anything else."""
+        try:
+            header = json.loads(text)
+            name, experts = header["name"], header.pop("scores")
+            arrays = _arrays_of(experts, header["model"]["layers"]) if experts else {}
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise MoesteerError(f"{where} holds no profile that can be read: {error!r}.") from None
+        return replace(_parse(Path(where), header, arrays), name=name)
+
     def save(self, path: str | Path) -> None:
         """Write the profile atomically; MoesteerError if the file can't be written."""
         from safetensors.numpy import save_file
@@ -395,6 +406,17 @@ def _parse(path: Path, header: dict, arrays: Mapping[str, np.ndarray]) -> Profil
     except MoesteerError as error:
         raise MoesteerError(f"{path}: {error}") from None
     return replace(profile, scores=_scores(path, profile, arrays), name=path.name)
+
+
+def _arrays_of(experts: list[dict], layers: list[dict]) -> dict[str, np.ndarray]:
+    """Arrays [layer, expert] from a list of experts with their scores."""
+    rows = {shape["layer"]: row for row, shape in enumerate(layers)}
+    table = np.zeros((len(rows), max(shape["experts"] for shape in layers)))
+    arrays = {entry.name: table.copy() for entry in fields(Scores)}
+    for expert in experts:
+        for key, array in arrays.items():
+            array[rows[expert["layer"]], expert["expert"]] = expert[key]
+    return arrays
 
 
 def _scores(path: Path, profile: Profile, arrays: Mapping[str, np.ndarray]) -> Scores | None:

@@ -1,6 +1,5 @@
 """The command that compares detectors with what interventions show."""
 
-from contextlib import nullcontext
 from typing import Literal
 
 from moesteer.commands.common import DEFAULT, ModelOptions, command_line, load_engine
@@ -46,62 +45,36 @@ def detectors(
         Seed of intervals and tests.
     """
     import sys
-    from dataclasses import asdict
 
     from moesteer.chat import parse_chat_options
-    from moesteer.contrast import pairs_hash, read_pairs
-    from moesteer.detection.comparing import (
-        compare_detectors,
-        cost_of,
-        evenly,
-        marks_of,
-        measurement,
-        planted_in,
-        read_neutral,
-    )
-    from moesteer.detection.detect import installed_versions
+    from moesteer.contrast import read_pairs
+    from moesteer.detection.compare_to_folder import compare_to_folder
+    from moesteer.detection.comparing import evenly, marks_of, planted_in, read_neutral
     from moesteer.report.detectors_page import cost_line, detectors_page
     from moesteer.report.progress import counted_progress
     from moesteer.report.terminal import print_text
-    from moesteer.runs import open_run
 
     chat_options = parse_chat_options(options.chat_option or [])
     read = evenly(read_pairs(pairs), pairs_used)
     others = {name: evenly(read_pairs(name), pairs_used) for name in beside or []}
     texts = evenly(read_neutral(neutral), pairs_used) if neutral else []
     engine = load_engine(model, options)
-    measured = measurement(
-        engine, read, over=over, beside=others, neutral=texts, chat_options=chat_options
-    )
-    cost = cost_of(engine, measured, layers)
-    print(cost_line(cost, len(engine.facts.layers)), file=sys.stderr)
-    settings = {
-        "model": asdict(engine.facts),
-        "pairs": pairs,
-        "pairs_hash": pairs_hash(read),
-        "beside": {name: pairs_hash(some) for name, some in others.items()},
-        "neutral": pairs_hash(texts),
-        "over": over,
-        "layers": cost.layers,
-        "chat_options": chat_options,
-        "seed": seed,
-    }
-    about = {"command": command_line(), "versions": installed_versions()}
     truth = planted_in(model, pairs)
-    with (
-        open_run(out, "detectors", settings, about) if out else nullcontext() as run,
-        counted_progress("detectors", "texts") as progress,
-    ):
-        result = compare_detectors(
+    with counted_progress("detectors", "texts") as progress:
+        result = compare_to_folder(
             engine,
             read,
-            measured,
+            out=out,
+            source=pairs,
+            beside=others,
+            neutral=texts,
             over=over,
-            into=layers,
+            layers=layers,
             truth=truth,
             chat_options=chat_options,
-            run=run,
             seed=seed,
+            command=command_line(),
+            say=lambda cost: print(cost_line(cost, len(engine.facts.layers)), file=sys.stderr),
             progress=progress,
         )
     print_text(detectors_page(result, marks_of(truth)))

@@ -1,21 +1,38 @@
 """Commands that show what there is: the demonstration, a model, the bundled models."""
 
-from moesteer.commands.common import load_engine
+from moesteer.commands.common import command_line, load_engine
 
 
-def demo() -> None:
-    """See the whole road on the bundled model: find experts, steer, compare with random ones."""
+def demo(*, report: str | None = None) -> None:
+    """See the whole road on the bundled model: find experts, steer, compare with random ones.
+
+    Parameters
+    ----------
+    report
+        An HTML page to write, with every control, detectors against knock-out, figures and
+        replies. Takes two minutes more; the runs that it shows stand beside it.
+    """
+    from pathlib import Path
+
     import torch
 
-    from moesteer.demo import run_demo
+    from moesteer.demo import run_demo, write_demo_report
     from moesteer.report.demo_page import print_demo
     from moesteer.report.progress import steps
+    from moesteer.report.terminal import print_text
+    from moesteer.report.write_report import check_report
 
+    if report is not None:
+        check_report(Path(report))
     torch.set_num_threads(1)  # on so small a model, threads mostly wait for each other
     engine = load_engine("testbed")
     with steps("demo") as step:
         result = run_demo(engine, step)
+        if report is not None:
+            write_demo_report(engine, result, report, step, command_line())
     print_demo(result)
+    if report is not None:
+        print_text(f"written: {report}")
 
 
 def doctor(model: str, /, *, load: bool = False, revision: str | None = None) -> None:

@@ -1,10 +1,8 @@
 """Detection, from contrast pairs to a profile: every expert's score, and how sure it is."""
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +23,7 @@ from moesteer.detection.significance import (
 )
 from moesteer.errors import MoesteerError
 from moesteer.profile import Evidence, LayerShape, Profile, Scores
+from moesteer.provenance import installed_versions
 
 if TYPE_CHECKING:
     from moesteer.contrast import ContrastPair
@@ -117,9 +116,3 @@ def existing_experts(layers: Sequence[LayerShape]) -> Bool[np.ndarray, "layer ex
     """Which cells of a table of scores are experts; layers may be of unequal width."""
     widths = np.array([layer.experts for layer in layers])
     return np.arange(widths.max()) < widths[:, None]
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    packages = ("moesteer", "torch", "transformers", "tokenizers", "numpy", "scipy")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moesteer.detection.detect import installed_versions
 from moesteer.errors import MoesteerError
 from moesteer.profile import UNKNOWN, Evidence, LayerShape, ModelFacts, Profile, Scores
+from moesteer.provenance import installed_versions
 from moesteer.published_rankings import read_published_ranking
 
 

@@ -10,12 +10,10 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesteer.chat import TokenisedConversation, render_prompt
-from moesteer.detection.detect import installed_versions
 from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.evaluation.cards import Card, all_cards, make_judges, read_items
 from moesteer.evaluation.comparison import (
@@ -38,6 +36,7 @@ from moesteer.evaluation.judging import judge_replies
 from moesteer.evaluation.task import Item, Judge
 from moesteer.files import write_text
 from moesteer.generate import GROUP, check_steers
+from moesteer.provenance import about
 from moesteer.runs import Run, open_run
 
 if TYPE_CHECKING:
@@ -140,15 +139,16 @@ def evaluate(
 def with_prices(cards: Sequence[Card], data: Mapping[str, str]) -> list[Card]:
     """The cards, and where all of them are targets, those that measure what steering costs.
 
-    Beside a task of the testbed all its tasks; elsewhere the price cards whose prompts are given or
-    lie there. Without any a MoesteerWarning says that no price is measured.
+    Beside a task of the testbed all its tasks, of which the other behaviours count as price:
+    steering is not meant to move them. Elsewhere the price cards whose prompts are given or lie
+    there; without any a MoesteerWarning says that no price is measured.
     """
     if any(card.role == "price" for card in cards):
         return list(cards)
     named = {card.name for card in cards}
     bundled = any(card.testbed is not None for card in cards)
     beside = [
-        card
+        replace(card, role="price")
         for card in all_cards()
         if card.name not in named
         and (card.testbed is not None) == bundled
@@ -191,12 +191,6 @@ def identity(asked: Asked) -> str:
     items = [(item.messages, sorted(item.columns.items())) for item in asked.items]
     text = repr((replace(asked.card, where=""), items))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def about(command: str) -> dict[str, Any]:
-    """What a run tells of itself beside its settings."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"command": command, "versions": installed_versions(), "date": now}
 
 
 def check_numbers(**numbers: int | None) -> None:

@@ -29,6 +29,7 @@ from moesteer.evaluation.comparison import wilson_interval
 from moesteer.evaluation.judges.testbed import OUTCOMES
 from moesteer.evaluation.judging import cost_of, judge_replies
 from moesteer.evaluation.task import Item, Judge
+from moesteer.provenance import about, now
 from moesteer.runs import open_run, read_run
 
 if TYPE_CHECKING:
@@ -178,8 +179,7 @@ def check_judges(
         return _summed(card, judges, probes, done, costs, gold)
     model = None if engine is None else engine.facts.id
     settings = {**_identity(card), "probes": _hash(probes), "model": model}
-    about = {"command": command, "date": _today(), "gold": gold}
-    with open_run(out, KIND, settings, about) as run:
+    with open_run(out, KIND, settings, about(command) | {"gold": gold}) as run:
         for batch in _batches(probes, len(run.lines("verdicts")), progress):
             records, cost = _judged(card, judges, batch)
             run.add("costs", [cost])
@@ -247,7 +247,7 @@ def _summed(
         judge=(f"{card.combine} of " if len(judges) > 1 else "")
         + ", ".join(j.name for j in judges),
         gold=gold or f"built in ({card.prompts.source})",
-        date=_today(),
+        date=now(),
         modes=modes,
         confusion=confusion,
         seconds=round(sum(cost["seconds"] for cost in costs), 3),
@@ -361,9 +361,3 @@ def _read_summary(folder: Path) -> JudgeCheck:
 def _hash(probes: Sequence[Probe]) -> str:
     content = [[p.mode, p.item.prompt, dict(p.item.columns), p.reply, p.expected] for p in probes]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _today() -> str:
-    from datetime import UTC, datetime
-
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -33,17 +33,19 @@ is found can be checked. None of these numbers says anything about a real model.
 
 Each table below: experts are found on 192 contrast pairs, how many are steered is chosen on other
 prompts (dev), and outcomes are measured once on held-out ones (test, {PROBES} a column). Shares
-stand with Wilson's 95 % interval, scores with one from resampling pairs. q is the share of false
-discoveries to expect among experts of so small a q: it says that routing differs between the sides,
-not that an expert matters.\
+stand with Wilson's 95 % interval, scores with one from resampling pairs.
+  q      the share of false discoveries to expect among experts of so small a q: it says that
+         routing differs between the sides, not that an expert matters
+  alone  by how much the log-odds of A against B fall where the replies part (nats, dev) when this
+         one expert is switched off: what it carries\
 """
 
 CLOSING = """\
 p marks planted experts; d decoys, trained to score as high and do nothing: a score says what goes
-with a behaviour, not what carries it. The dim rows are controls: as many random experts in the same
-layers (mean of {seeds} seeds, [least–most]), and the decoys alone. Read them in the bold columns,
-the behaviour's own. What moves in another column is a side effect; a random draw may also hit
-experts planted for that column's behaviour.
+with a behaviour, not what carries it; that shows when an expert is switched off alone. The dim rows
+are controls: as many random experts in the same layers (mean of {seeds} seeds, [least–most]), and
+the decoys alone. Read them in the bold columns, the behaviour's own. What moves in another column
+is a side effect; a random draw may also hit experts planted for that column's behaviour.
 
 Next, on your own model:
   moesteer doctor MODEL
@@ -72,7 +74,9 @@ def _behaviour_parts(found: BehaviourResult, result: DemoResult) -> Iterator[Ren
     letters = {expert: word[0] for expert, word in words.items()}
     yield Text("")
     yield Rule(f"[bold]{found.behaviour}[/]: A {truth.a}, B {truth.b}", align="left")
-    yield Group(Text("Experts that go with it", "bold"), expert_table(found.scores, TOP, words))
+    alone = {expert: f"{effect:+.1f}" for expert, effect in found.knocked_out.items()}
+    table = expert_table(found.scores, TOP, words, {"alone": alone})
+    yield Group(Text("Experts that go with it", "bold"), table)
     yield heat_map(found.scores, letters)
     yield Text("")
     yield outcome_table(found, result)

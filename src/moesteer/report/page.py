@@ -6,7 +6,7 @@ profile that it evaluated.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from moesteer.errors import MoesteerError
 from moesteer.evaluation.comparison import Comparison
 from moesteer.evaluation.judge_check import JudgeCheck
 from moesteer.evaluation.search import BEST, SearchResult, Trial
-from moesteer.profile import FIXED, NORM_TOLERANCE, UNKNOWN, ModelFacts, Profile, Scores
-from moesteer.runs import Run, read_run
+from moesteer.profile import NORM_TOLERANCE, UNKNOWN, ModelFacts, Profile
+from moesteer.runs import ABOUT, Run, read_run
 
 SUMMARY = "summary.json"
 
@@ -252,7 +252,7 @@ def _summary(run: Run) -> tuple[str, Path]:
 
 
 def _evaluation(run: Run) -> Evaluation:
-    profile = _profile_of(run)
+    profile = Profile.from_json(json.dumps(run.settings.get("profile")), run.folder / ABOUT)
     return Evaluation(run, profile, Comparison.from_json(*_summary(run)), run.lines("replies"))
 
 
@@ -289,38 +289,6 @@ def _read(form: type, run: Run) -> Any:
 
 
 # -- profiles ------------------------------------------------------------------------------------
-
-
-def _profile_of(run: Run) -> Profile:
-    """The profile that a run's settings hold, as `Profile.to_json` wrote it."""
-    from pydantic import TypeAdapter, ValidationError
-
-    raw = dict(run.settings.get("profile") or {})
-    known = {entry.name for entry in fields(Profile)} - {"scores"}
-    header = {key: value for key, value in raw.items() if key in known}
-    if any(raw.get(key) != value for key, value in FIXED.items()):
-        raise MoesteerError(f"{run.folder}: the settings hold no profile of this version.")
-    try:
-        profile = TypeAdapter(Profile).validate_json(json.dumps(header), strict=True)
-        return replace(profile, scores=_scores(profile, raw["scores"]))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, ("profile", *first["loc"])))
-        raise MoesteerError(f"{run.folder}: {where}: {first['msg']}.") from None
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise MoesteerError(f"{run.folder}: the profile's scores can't be read: {error}.") from None
-
-
-def _scores(profile: Profile, experts: Sequence[Mapping[str, float]]) -> Scores | None:
-    if not experts or profile.model is None:
-        return None
-    rows = {shape.layer: row for row, shape in enumerate(profile.model.layers)}
-    shape = (len(rows), max(layer.experts for layer in profile.model.layers))
-    arrays = {entry.name: np.zeros(shape) for entry in fields(Scores)}
-    for expert in experts:
-        for key, array in arrays.items():
-            array[rows[int(expert["layer"])], int(expert["expert"])] = expert[key]
-    return Scores(**arrays)
 
 
 def _distinct(profiles: Sequence[Profile]) -> tuple[Profile, ...]:

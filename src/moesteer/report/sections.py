@@ -149,7 +149,7 @@ def _each_once(profiles: Sequence[Profile]) -> list[Profile]:
 
 
 def _origin(page: Page) -> list[Block]:
-    from moesteer.detection.detect import installed_versions
+    from moesteer.provenance import installed_versions
 
     profiles = [*page.profiles, *(evaluation.profile for evaluation in page.evaluations)]
     made = [profile.evidence.command for profile in profiles if profile.evidence is not None]

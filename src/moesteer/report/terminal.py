@@ -75,13 +75,20 @@ def _certainty(profile: Profile, seen: Evidence) -> str:
 
 
 def expert_table(
-    profile: Profile, top: int, marks: Mapping[Expert, str] | None = None
+    profile: Profile,
+    top: int,
+    marks: Mapping[Expert, str] | None = None,
+    beside: Mapping[str, Mapping[Expert, str]] | None = None,
 ) -> RenderableType:
-    """The `top` experts with the largest |score|; `marks` adds a word to some."""
+    """The `top` experts with the largest |score|.
+
+    `marks` adds a word to some, `beside` columns: by heading, a text for each expert.
+    """
     assert profile.scores is not None
     assert profile.model is not None
     table = Table(box=None, header_style="bold", pad_edge=False)
-    headings = ("rank", "layer", "expert", "score", "95 % interval", "q", "in A", "in B", "")
+    more = beside or {}
+    headings = ["rank", "layer", "expert", "score", "95 % interval", "q", "in A", "in B", *more, ""]
     for heading in headings:
         table.add_column(heading, justify="left" if not heading else "right")
     rows = {shape.layer: row for row, shape in enumerate(profile.model.layers)}
@@ -103,6 +110,7 @@ def expert_table(
             _small(scores.q[cell]) if resampled else "–",
             f"{scores.rate_a[cell]:.0%}",
             f"{scores.rate_b[cell]:.0%}",
+            *(texts[layer, expert] for texts in more.values()),
             ", ".join(word for word in words if word),
         )
     return table

@@ -171,6 +171,8 @@ def _price_words(comparison: Comparison) -> str:
         return "no price measured"
     if worst.difference is not None and worst.difference >= 0:
         tasks = f"none of {len(prices)} price tasks falls" if len(prices) > 1 else "no price seen"
+        if (worst.low, worst.high) == (0, 0):  # on no prompt
+            return tasks
         return f"{tasks} (the least gain: {worst.task}, {points(worst)})"
     return f"the largest price is {points(worst)} on {worst.task}"
 

@@ -20,13 +20,18 @@ def write_report(
     `show_replies` shows those of tasks not marked harmless, too. Raises MoesteerError for sources
     that can't be read or are of different models, and for an `out` that can't be written.
     """
-    page, beside = Path(out), Path(out).with_suffix(".md")
-    if page.suffix not in (".html", ".htm"):
-        raise MoesteerError(f"--out is {out}; a report is an HTML file: give a name in .html.")
-    for path in (page, beside):
-        for source in sources:
-            check_writable(path, str(source))
+    page, beside = check_report(Path(out), *sources)
     report = report_of(gather(sources), show_replies)
     write_text(page, html_of(report))
     write_text(beside, markdown_of(report))
     return page, beside
+
+
+def check_report(page: Path, *sources: str | Path) -> tuple[Path, Path]:
+    """The page and the Markdown beside it; MoesteerError where one of them can't be written."""
+    if page.suffix not in (".html", ".htm"):
+        raise MoesteerError(f"{page}: a report is an HTML file; give a name in .html.")
+    files = page, page.with_suffix(".md")
+    for path in files:
+        check_writable(path, *map(str, sources))
+    return files

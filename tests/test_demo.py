@@ -1,5 +1,6 @@
 """The demonstration, on fewer prompts: what it claims of the bundled model must be so."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,17 +91,14 @@ def test_the_report_claims_what_was_planted_and_keeps_its_runs(
     result: DemoResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(demo, "KNOCKED", 4)
-    monkeypatch.setattr(demo, "REPORTED_PROMPTS", 20)
-    page = demo.write_demo_report(load_transformers("testbed"), result, tmp_path / "demo.html")
+    monkeypatch.setattr(demo, "REPORTED_PROMPTS", 12)
+    one = replace(result, behaviours=result.behaviours[:1])
+    page = demo.write_demo_report(load_transformers("testbed"), one, tmp_path / "demo.html")
     told = page.with_suffix(".md").read_text()
     verdict = told.partition("## Verdict")[2].partition("\n## ")[0]
-    claims = [line for line in verdict.splitlines() if line.startswith("**Steering")]
-    assert len(claims) == 3
-    for claim, share in zip(
-        claims, ("lowers the share of “refused”", "raises", "raises"), strict=True
-    ):
-        assert share in claim
-        assert "beyond every control" in claim
+    (claim,) = [line for line in verdict.splitlines() if line.startswith("**Steering")]
+    assert "lowers the share of “refused”" in claim
+    assert "beyond every control" in claim
     assert "say nothing about real models" in verdict
     kept = {folder.name for folder in (tmp_path / "demo.runs").iterdir()}
-    assert kept == {*BEHAVIOURS, *(f"{name}-detectors" for name in BEHAVIOURS)}
+    assert kept == {"refusal", "refusal-detectors"}

@@ -1,6 +1,6 @@
 """Run all benchmarks, or the named ones; writes `results.md` and `results.json` beside this file.
 
-python benchmarks/run.py [startup] [memory] [counting] [detection] [decoding] [compiled]
+python benchmarks/run.py [startup] [memory] [counting] [detection] [resampling] …
 """
 
 import argparse
@@ -18,7 +18,15 @@ from pathlib import Path
 from paired import Figure
 
 HERE = Path(__file__).parent
-SECTIONS = ("startup", "memory", "counting", "detection", "decoding", "compiled")
+SECTIONS = (
+    "startup",
+    "memory",
+    "counting",
+    "detection",
+    "resampling",
+    "decoding",
+    "compiled",
+)
 
 
 def main() -> None:

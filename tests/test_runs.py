@@ -165,3 +165,11 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
         other.join()
     with open_run(tmp_path / "run", "evaluate", SETTINGS, {}) as run:  # the lock died with it
         assert run.lines("replies") == []
+
+
+def test_a_line_that_lacks_a_key_is_named(tmp_path: Path) -> None:
+    run = start(tmp_path / "run")
+    run.add("drift", [{"item": 1, "kl": 0.5}, {"item": 2}])
+    assert len(run.lines("drift", "item")) == 2
+    with pytest.raises(MoesteerError, match=r"drift.jsonl:2 lacks 'kl'"):
+        run.lines("drift", "item", "kl")

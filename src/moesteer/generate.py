@@ -186,13 +186,18 @@ def _rendered(
             rendered.append(render_prompt(prompt.messages, engine.tokenizer, options))
         except MoesteerError as error:
             raise MoesteerError(f"{prompt.source}: {error}") from None
-        length = len(engine.tokenizer(rendered[-1], add_special_tokens=False)["input_ids"])
-        if engine.max_tokens is not None and length + max_new_tokens > engine.max_tokens:
-            raise MoesteerError(
-                f"{prompt.source}: {length} tokens; with {max_new_tokens} new ones that is over the"
-                f" model's context of {engine.max_tokens}. Shorten it, or lower --max-new-tokens."
-            )
+        check_length(engine, rendered[-1], max_new_tokens, prompt.source)
     return rendered
+
+
+def check_length(engine: "Engine", rendered: str, max_new_tokens: int, source: str) -> None:
+    """MoesteerError, beginning with `source`, where prompt and reply exceed the context."""
+    length = len(engine.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    if engine.max_tokens is not None and length + max_new_tokens > engine.max_tokens:
+        raise MoesteerError(
+            f"{source}: {length} tokens; with {max_new_tokens} new ones that is over the model's"
+            f" context of {engine.max_tokens}. Shorten it, or lower --max-new-tokens."
+        )
 
 
 def check_limits(

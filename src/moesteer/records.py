@@ -228,8 +228,9 @@ def _complaint(detail: Mapping[str, Any]) -> str:
 
 
 def _wanted(required: Sequence[str], optional: Sequence[str]) -> str:
-    also = f" and may have {', '.join(optional)}" if optional else ""
-    return f"a record has {', '.join(required)}{also}"
+    has = f"has {', '.join(required)}" if required else ""
+    may = f"may have {', '.join(optional)}" if optional else ""
+    return f"a record {' and '.join(filter(None, (has, may)))}"
 
 
 def shorten(text: str) -> str:

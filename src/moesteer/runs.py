@@ -35,8 +35,11 @@ class Run:
     settings: Mapping[str, Any]
     about: Mapping[str, Any]
 
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of `NAME.jsonl`; half a line, which a killed run may leave, is not read."""
+    def lines(self, name: str, *keys: str) -> list[dict[str, Any]]:
+        """The records of `NAME.jsonl`; half a line, which a killed run may leave, is not read.
+
+        Raises MoesteerError for a line that is no object, or lacks one of `keys`.
+        """
         path = self.folder / f"{name}.jsonl"
         records = []
         for number, line in enumerate(complete_lines(path), start=1):
@@ -46,6 +49,8 @@ class Run:
                 raise MoesteerError(f"{path}:{number} is not JSON: {error.msg}.") from None
             if not isinstance(record, dict):
                 raise MoesteerError(f"{path}:{number} is not a JSON object.")
+            if lacking := [key for key in keys if key not in record]:
+                raise MoesteerError(f"{path}:{number} lacks {lacking[0]!r}; delete the line.")
             records.append(record)
         return records
 

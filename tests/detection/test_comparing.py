@@ -204,6 +204,7 @@ def test_a_tiny_model_screened_and_over_spans(
     [
         (["--layers", "9"], "9 layers are to be gone into; the model has 4"),
         (["--pairs-used", "0"], "0 pairs are to be used"),
+        (["--seed", "-1"], "--seed is -1; it can't be negative"),
         (["--beside", "testbed:weather"], "there is no built-in set 'testbed:weather'"),
         (["--neutral", "nowhere.jsonl"], "nowhere.jsonl"),
     ],

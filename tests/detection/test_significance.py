@@ -204,6 +204,7 @@ def test_degenerate_differences():
     # All alike: the true p is 2 / 2⁴⁰, the bound 2 exp(−40 / 2), whatever the size.
     alike = np.tile([[[0.4, -1e-4]]], (40, 1, 1))
     np.testing.assert_allclose(sign_flip_test(alike), 2 * np.exp(-20))
+    assert sign_flip_test(np.ones((3000, 1, 1)), permutations=9).item() > 0  # exp(−1500) is 0
 
 
 # --- q ------------------------------------------------------------------------------------------

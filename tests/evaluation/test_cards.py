@@ -209,6 +209,8 @@ def test_dev_and_test_split_the_users_prompts(card: Card):
         ("{language}", "{language!r}", ["[prompts]", "system", "{language}"]),
         ('kind = "contains"', 'kind = "oracle"', ["[[judges]] 1", "'oracle'", "guard"]),
         ('kind = "contains"', "", ["[[judges]] 1", "kind is None"]),
+        ('kind = "contains"', 'kind = ["contains"]', ["[[judges]] 1", "kind is ['contains']"]),
+        ("column =", 'outcome = "wrong"\ncolumn =', ["(contains)", "wrong, wrong", "of the same"]),
         ("column =", "colum =", ["[[judges]] 1 (contains)", "'colum'", "column"]),
         ("[[judges]]", "[[judge]]", ["'judges'", "'judge'"]),
         ("harmless", 'combine = "any"\nharmless', ["combine is 'any'", "majority"]),
@@ -269,6 +271,16 @@ def test_missing_columns_say_what_there_is(card: Card, value: object):
         read_items(card, "all")
     for words in ("towns.jsonl:2: no text in the column 'answer'", "town, language", "--data"):
         assert words in str(error.value)
+
+
+def test_an_empty_record_and_a_column_twice(card: Card):
+    write({})
+    with pytest.raises(MoesteerError, match=r"'town'; there are none\. The task"):
+        read_items(card, "all")
+    Path("twice.csv").write_text("town,town,language,answer\na,b,c,d\n")
+    said = "twice.csv:1: column 'town' twice; a record may have town, language, answer"
+    with pytest.raises(MoesteerError, match=said):
+        read_items(card, "all", "twice.csv")
 
 
 def test_splits_that_are_none(card: Card):

@@ -257,6 +257,10 @@ def test_a_comparison_survives_its_file():
         ({"schema": None}, "format None"),
         ({"seed": "0"}, "x.json: seed: Input should be a valid integer"),
         ({"tasks": [{"name": "t"}]}, r"x.json: tasks.0.title: Field required"),
+        ({"tasks": []}, "x.json does not hold every task, arm and difference"),
+        ({"arms": []}, "x.json does not hold every"),
+        ({"shares": []}, "x.json does not hold every"),
+        ({"differences": []}, "x.json does not hold every"),
     ],
 )
 def test_another_file_is_refused(change: dict[str, Any], message: str):

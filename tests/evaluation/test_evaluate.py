@@ -1,6 +1,7 @@
 """The evaluation of a profile on the bundled model: what it says must be so, and survive a kill."""
 
 import json
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -256,6 +257,38 @@ def test_a_profile_that_steers_nothing(engine: TransformersEngine, tmp_path: Pat
         run(engine, Profile(name="p"), tmp_path / "run")
 
 
+def test_what_can_not_be_measured_is_refused_before_anything_is_asked(
+    engine: TransformersEngine, profile: Profile, tmp_path: Path
+):
+    card, out = read_card("testbed-document"), tmp_path / "run"
+    assert profile.model is not None
+    other = replace(profile, model=replace(profile.model, config_hash="other"))
+    for cards, one, more, said in (
+        ([], profile, {}, "there is no task"),
+        ([card, card], profile, {}, "two tasks of the name testbed-document"),
+        ([card], profile, {"data": {"towns": "f.jsonl"}}, "--data names 'towns'"),
+        ([card], profile, {"max_new_tokens": 1000}, r"conflicts:test:1: .* 1000 new ones"),
+        ([card], other, {}, "config hash is other in the profile"),
+    ):
+        with pytest.raises(MoesteerError, match=said):
+            evaluate(engine, one, cards, out=out, **more)  # pyright: ignore[reportArgumentType]
+        assert not out.exists()
+
+
+def test_damaged_records_are_named_and_no_proof_is_made_up(
+    engine: TransformersEngine, profile: Profile, done: tuple[Path, Comparison], tmp_path: Path
+):
+    out = tmp_path / "run"
+    shutil.copytree(done[0], out)
+    (out / "fired.jsonl").unlink()
+    again = run(engine, profile, out)
+    assert not any(arm.obeyed for arm in again.arms if arm.name != UNSTEERED)
+    with (out / "replies.jsonl").open("a") as file:
+        file.write('{"task": "t"}\n')
+    with pytest.raises(MoesteerError, match=r"replies.jsonl:\d+ lacks 'arm'"):
+        run(engine, profile, out)
+
+
 def test_what_could_not_be_judged_is_counted_and_left_out(
     engine: TransformersEngine,
     profile: Profile,
@@ -329,3 +362,51 @@ def test_without_prices_it_is_said(monkeypatch: pytest.MonkeyPatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert with_prices([own], {"harmless": "f.jsonl"}) == [own, price]
+
+
+# -- judges --------------------------------------------------------------------------------------
+
+
+class Down:
+    """A judge that cannot say on its first day, as an endpoint that is down."""
+
+    name, outcomes = "down", ("document", "fact", "other")
+    days = 0
+
+    def __call__(self, items: Sequence[Item], replies: Sequence[str]) -> list[Verdict]:
+        Down.days += 1
+        if Down.days == 1:
+            return [Verdict(self.name, None, "no answer")] * len(replies)
+        return [Verdict(self.name, "document")] * len(replies)
+
+
+def test_what_an_endpoint_did_not_judge_is_judged_when_the_run_is_taken_up(
+    engine: TransformersEngine, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(home, "make_judges", lambda *_: [Down()])
+    monkeypatch.setattr(Down, "days", 0)
+    card = replace(read_card("testbed-document"), role="price")
+
+    def once() -> Comparison:
+        return evaluate(engine, profile, [card], out=tmp_path / "run", seeds=0, limit=3)
+
+    first, second = once().share(card.name, UNSTEERED), once().share(card.name, UNSTEERED)
+    assert (first.n, first.share, first.unjudged) == (0, None, 3)
+    assert (second.n, second.count, second.unjudged) == (3, 3, 0)
+    written = lines(tmp_path / "run" / "replies.jsonl")
+    assert once().share(card.name, UNSTEERED) == second
+    assert lines(tmp_path / "run" / "replies.jsonl") == written  # nothing is left to judge
+
+
+def test_judges_that_differ_are_counted(
+    engine: TransformersEngine, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made = home.make_judges
+    monkeypatch.setattr(Down, "days", 1)  # it says "document" to all
+    monkeypatch.setattr(home, "make_judges", lambda *known: [*made(*known), Down()])
+    card = replace(read_card("testbed-document"), role="price")
+    comparison = evaluate(engine, profile, [card], out=tmp_path / "run", seeds=0, limit=4)
+    others = sum(share.n - share.count for share in comparison.shares)
+    asked = 4 * len(comparison.arms)
+    assert comparison.tasks[0].agreement == f"its judges differ on {others} of {asked} replies"
+    assert others > 0

@@ -213,3 +213,12 @@ def test_judges_that_can_not_be_loaded(kind: str, tmp_path: Path):
     more: dict[str, Any] = {"labels": {"a": "b"}} if kind == "classifier" else {}
     with pytest.raises(MoesteerError, match="can't be loaded"):
         make(kind, model=str(tmp_path / "nothing"), **more)
+
+
+def test_a_classifier_without_its_head_is_refused(classifier_folder: Path, tmp_path: Path):
+    from transformers import AutoModel, AutoTokenizer
+
+    AutoModel.from_pretrained(classifier_folder).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(classifier_folder).save_pretrained(tmp_path)
+    with pytest.raises(MoesteerError, match=r"holds no weights .*, so it is no trained"):
+        make("classifier", model=str(tmp_path), labels={"LABEL_0": "ok"})

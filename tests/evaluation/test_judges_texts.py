@@ -46,6 +46,10 @@ def test_contains():
     assert outcomes("contains", list(table), asked, column="answer") == list(table.values())
 
 
+def test_an_answer_of_full_stops_is_not_in_every_reply():
+    assert outcomes("contains", ["no . no", ""], item(a="...\n."), column="a") == ["wrong", "wrong"]
+
+
 def test_contains_takes_apostrophes_and_marks_literally():
     settings = {"phrases": ["can't say", "c++ (new)"], "outcome": "unsure", "otherwise": "sure"}
     replies = ["I can’t say", "I cant say", "use C++ (new) here", "use c"]

@@ -220,6 +220,10 @@ def test_limits_that_the_unsteered_model_breaks(
     [
         ({"budget": 2}, "--budget is 2; it must be at least 3 trials a ranking"),
         ({"seeds": -1}, "--seeds is -1; it must be at least 0"),
+        ({"seed": -1}, "--seed is -1; it must be at least 0"),
+        ({"max_kl": -0.1}, "--max-kl is -0.1; it must be at least 0"),
+        ({"max_kl": float("nan")}, "--max-kl is nan"),
+        ({"data": {"towns": "f.jsonl"}}, "--data names 'towns', which is none of the tasks"),
         ({"limit": 0}, "--limit is 0; it must be at least 1"),
         ({"prices": [(read_card(TARGET), 0.5)]}, "testbed-document is named twice"),
     ],
@@ -288,6 +292,12 @@ def test_the_default_budget_is_a_grid_of_seven_by_seven():
     choices = grid({"x": (32, 1000)}, 48)
     assert sorted({a for _, a, _ in choices}) == [0, 1, 2, 4, 8, 16, 32]
     assert sorted({d for _, _, d in choices}) == [0, 1, 4, 16, 63, 251, 1000]
+
+
+@given(st.integers(6, 900), st.integers(6, 900))
+def test_every_ranking_gets_as_many_tries(up: int, down: int):
+    """Where a ranking can be steered less far, rounding must not cost it choices."""
+    assert len(grid({"x": (up, down)}, 48)) == 48
 
 
 @pytest.mark.parametrize("toward", ["a", "b"])

@@ -83,9 +83,15 @@ def comparison(
     tasks: Mapping[TaskFacts, Mapping[tuple[str, str], Numbers]],
     arms: Sequence[str] = ARMS,
     model: str = "made/model",
+    seeds: tuple[float, ...] = (0.5, 0.5),
 ) -> Comparison:
-    """A comparison with given differences by (arm, against); those not named are zero."""
+    """A comparison with given differences by (arm, against); those not named are zero.
+
+    Of the shares only those of the random `seeds` are known.
+    """
     nothing, _ = compare(list(tasks), arms, [], 0)
+    known = {f"random {number}": share for number, share in enumerate(seeds)}
+    shares = tuple(replace(share, share=known.get(share.arm)) for share in nothing)
     pools = [pool for pool in dict.fromkeys(map(pool_of, arms)) if pool != "unsteered"]
     pairs = [(pool, "unsteered") for pool in pools]
     pairs += [("steered", pool) for pool in pools if pool != "steered"]
@@ -101,7 +107,7 @@ def comparison(
         seed=0,
         tasks=tuple(tasks),
         arms=tuple(ArmFacts(arm) for arm in arms),
-        shares=tuple(nothing),
+        shares=shares,
         differences=tuple(differences),
     )
 
@@ -137,7 +143,9 @@ def evaluate_run(
                 )
     shares, differences = compare(tasks, ARMS, records, 0)
     arms = [ArmFacts("unsteered")]
-    arms += [ArmFacts(a, steered.activated, steered.deactivated, 99) for a in ARMS[1:]]
+    arms += [
+        ArmFacts(a, steered.activated, steered.deactivated, 99, note=f"arm {a}") for a in ARMS[1:]
+    ]
     made = Comparison(
         model=steered.model.id,
         profile=steered.name,

@@ -144,7 +144,7 @@ def test_outcome_dots_stand_at_their_shares(tmp_path):
 
 
 def test_arms_without_judged_replies_have_no_dot():
-    made = comparison({task(): {}})
+    made = comparison({task(): {}}, seeds=())
     assert not [m for m in outcome_dots(made, made.tasks[0]).marks if isinstance(m, Dot)]
 
 

@@ -143,6 +143,14 @@ def test_a_summary_that_lacks_something_is_refused_with_the_place(tmp_path: Path
         gather([run])
 
 
+def test_replies_that_are_not_those_of_the_summary_are_refused(tmp_path: Path):
+    run = evaluate_run(tmp_path / "run")
+    replies = run / "replies.jsonl"
+    replies.write_text(replies.read_text().partition("\n")[2])
+    with pytest.raises(MoesteerError, match=r"replies.jsonl holds \d+ replies, but summary.json"):
+        gather([run])
+
+
 def test_trials_of_another_form_are_refused(tmp_path: Path):
     run = search_run(tmp_path / "run")
     (run / "trials.jsonl").write_text('{"stage": "search"}\n')

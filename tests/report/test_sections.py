@@ -45,7 +45,7 @@ def test_the_proof_of_firing_names_every_steered_arm(tmp_path: Path):
     found = blocks([evaluate_run(tmp_path / "run")], "Outcomes")
     there = rows(table(found, "Proof"))
     assert [row[0] for row in there] == ["steered", "reversed", "random 0", "random 1", "bottom"]
-    assert there[0][1:] == ["layer 1: 2", "layer 3: 0", "99", "every token"]
+    assert there[0][1:] == ["layer 1: 2", "layer 3: 0", "99", "every token", f"arm {there[0][0]}"]
 
 
 def test_experts_stand_by_rank_with_their_role(tmp_path: Path):

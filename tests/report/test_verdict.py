@@ -2,11 +2,18 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from made_runs import ARMS, Numbers, comparison, task
 
-from moesteer.evaluation.comparison import Comparison
-from moesteer.report.verdict import verdicts, warnings_of, worst_price
+from moesteer.evaluation.comparison import Comparison, compare
+from moesteer.report.verdict import (
+    is_beyond,
+    reach_of_seeds,
+    verdicts,
+    warnings_of,
+    worst_price,
+)
 
 TARGET, PRICE = task(), task("sums", "price")
 
@@ -53,6 +60,65 @@ def test_an_effect_is_claimed_only_beyond_the_unsteered_model_and_every_control(
     assert found.short == short
     assert found.claimed is (not short)
     assert ("nothing was found beyond random experts" in found.sentence) is bool(short)
+
+
+def test_an_effect_that_one_more_seed_may_have_is_not_claimed():
+    # Seeds 0.4, 0.5, 0.6: standard deviation 0.1, t(0.975; 2) = 4.3027, so 43 · √(4/3) = 50 points.
+    arms = (*ARMS[:-1], "random 2", "bottom")
+    almost: Numbers = (0.49, 0.4, 0.6, 0.001)
+    given = {("steered", "unsteered"): UP, ("steered", "random"): almost, ("steered", "bottom"): UP}
+    near = comparison({TARGET: given}, arms, seeds=(0.4, 0.5, 0.6))
+    (found,) = verdicts(near)
+    assert reach_of_seeds(near, "towns") == {"random": pytest.approx(0.4968, abs=1e-4)}
+    assert not found.claimed
+    assert found.short == ("random",)
+    assert "p = 0.001]; one more seed may lie 50 points from the others)" in plain(found.sentence)
+    beyond = given | {("steered", "random"): (0.51, 0.4, 0.6, 0.001)}
+    (found,) = verdicts(comparison({TARGET: beyond}, arms, seeds=(0.4, 0.5, 0.6)))
+    assert found.claimed
+    # Two targets: t(0.9875; 2) = 6.2053.
+    two = comparison({TARGET: beyond, task("rivers"): {}}, arms, seeds=(0.4, 0.5, 0.6))
+    assert reach_of_seeds(two, "towns")["random"] == pytest.approx(0.7165, abs=1e-4)
+    assert not verdicts(two)[0].claimed
+
+
+def test_of_one_seed_nothing_is_claimed():
+    given = {("steered", pool): UP for pool in ("unsteered", "random", "bottom")}
+    arms = tuple(arm for arm in ARMS if arm != "random 1")
+    (found,) = verdicts(comparison({TARGET: given}, arms))
+    assert not found.claimed
+    assert "one seed does not tell how far random experts lie apart" in found.sentence
+
+
+def test_random_experts_are_seldom_claimed_to_be_better_than_random_experts():
+    # The steered arm is one more draw of experts: what sets of experts do differs among sets, and
+    # with 120 prompts any two sets differ "significantly".
+    arms = [name for name in ARMS if name not in ("reversed", "bottom")] + ["random 2"]
+    arms += [f"matched {seed}" for seed in range(3)]
+    claimed = by_prompts = 0
+    for seed in range(150):
+        generator = np.random.default_rng(seed)
+        rows = generator.random((len(arms), 120)) < generator.beta(2, 2, (len(arms), 1))
+        rows[0] = generator.random(120) < 0.5
+        records = [
+            {"task": "towns", "arm": arm, "item": item, "outcome": "yes" if hit else "no"}
+            for arm, row in zip(arms, rows, strict=True)
+            for item, hit in enumerate(row)
+        ]
+        shares, differences = compare([TARGET], arms, records, seed)
+        made = replace(
+            comparison({TARGET: {}}, arms),
+            shares=tuple(shares),
+            differences=tuple(differences),
+        )
+        (found,) = verdicts(made)
+        claimed += found.claimed
+        way = np.sign(made.difference("towns", "steered", "unsteered").difference or 0.0)
+        by_prompts += all(
+            is_beyond(made.difference("towns", "steered", other), way) for other in found.against
+        )
+    assert claimed <= 14  # 7.5 are expected at most, more than 14 have a chance of 1 in 100
+    assert by_prompts > 30
 
 
 def test_without_controls_nothing_is_claimed():

@@ -15,6 +15,7 @@ from moesteer.detection.comparing import (
 )
 from moesteer.detection.decision import Over
 from moesteer.detection.knocking import Cost
+from moesteer.errors import MoesteerError
 from moesteer.provenance import about
 from moesteer.runs import open_run
 
@@ -44,6 +45,8 @@ def compare_to_folder(
 
     `say` is told what it costs before it starts; for the rest see `compare_detectors`.
     """
+    if seed < 0:
+        raise MoesteerError(f"--seed is {seed}; it can't be negative.")
     others, options = beside or {}, dict(chat_options or {})
     measured = measurement(
         engine, pairs, over=over, beside=others, neutral=neutral, chat_options=options

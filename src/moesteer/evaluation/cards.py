@@ -231,10 +231,16 @@ def _checked(raw: dict[str, Any], where: str) -> Card:
 
 def _judge_spec(table: dict[str, Any], where: str) -> JudgeSpec:
     kind = table.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise MoesteerError(f"{where}: kind is {kind!r}; there are {', '.join(KINDS)}.")
-    settings = {key: value for key, value in table.items() if key != "kind"}
-    return JudgeSpec(kind, check_record(KINDS[kind], settings, f"{where} ({kind})"))
+    given = {key: value for key, value in table.items() if key != "kind"}
+    settings = check_record(KINDS[kind], given, f"{where} ({kind})")
+    if len(set(settings.outcomes)) < len(settings.outcomes):
+        raise MoesteerError(
+            f"{where} ({kind}): its outcomes are {', '.join(settings.outcomes)}; two of the same"
+            " name would be counted as one. Give each its own."
+        )
+    return JudgeSpec(kind, settings)
 
 
 def _change_spec(table: dict[str, Any], outcomes: tuple[str, ...], where: str) -> ChangeSpec:
@@ -346,7 +352,8 @@ def _csv_columns(source: str) -> tuple[str, ...]:
     if path.suffix.lower() != ".csv" or not path.is_file():
         return ()
     rows = csv.reader(read_text(path).splitlines())
-    return tuple(name.strip() for name in next((row for row in rows if row), ()))
+    names = [name.strip() for name in next((row for row in rows if row), ())]
+    return tuple(dict.fromkeys(names))
 
 
 def _item(card: Card, record: Mapping[str, object], where: str, more: Sequence[str]) -> Item:
@@ -356,9 +363,9 @@ def _item(card: Card, record: Mapping[str, object], where: str, more: Sequence[s
         theirs = names.get(name, name)
         if theirs not in columns:
             raise MoesteerError(
-                f"{where}: no text in the column {theirs!r}; there are {', '.join(record)}."
-                f" {what_it_needs(card)} Columns of other names: copy the card and set"
-                " [prompts] columns = {" + f'{name} = "yours"' + "}."
+                f"{where}: no text in the column {theirs!r}; there are"
+                f" {', '.join(record) or 'none'}. {what_it_needs(card)} Columns of other names:"
+                " copy the card and set [prompts] columns = {" + f'{name} = "yours"' + "}."
             )
         columns[name] = columns[theirs]
     return with_prompts(Item((), columns, where), card)

@@ -13,7 +13,8 @@ random seeds, say) counts as one: an item's value in it is the mean over the see
     holm         p adjusted over the tasks of one comparison (Holm 1979)
 
 All of it speaks of items: of other prompts of this kind, not of other random seeds. How far seeds
-lie apart is seen in the arms' own shares.
+lie apart is seen in the arms' own shares; the verdict asks for more than that. With 20 items and a
+rare outcome the bootstrap holds the truth some 90 % of the time, with 60 about 95 %.
 """
 
 import json
@@ -39,8 +40,9 @@ UNSTEERED, STEERED = "unsteered", "steered"
 class TaskFacts:
     """What was asked: `items` prompts, judged for the share of `outcome` among `outcomes`.
 
-    `check` says how the judge stood against human labels, or that it was never checked. Replies of
-    a task that is not `harmless` are not to be shown.
+    `check` says how the judge stood on replies of known outcome, or that it was never checked;
+    `agreement` how often several judges differ. Replies of a task that is not `harmless` are not to
+    be shown.
     """
 
     name: str
@@ -51,6 +53,7 @@ class TaskFacts:
     harmless: bool
     items: int
     check: str
+    agreement: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,25 @@ class Comparison:
     @classmethod
     def from_json(cls, text: str, where: str | Path = "summary.json") -> "Comparison":
         """Read what `to_json` wrote; MoesteerError, beginning with `where`, for anything else."""
-        return from_json(cls, text, where, SUMMARY_SCHEMA, "a comparison")
+        read = from_json(cls, text, where, SUMMARY_SCHEMA, "a comparison")
+        read.check_whole(where)
+        return read
+
+    def check_whole(self, where: str | Path) -> None:
+        """MoesteerError, beginning with `where`, unless all tasks, arms and pools are there."""
+        arms = [arm.name for arm in self.arms]
+        shares = {(share.task, share.arm) for share in self.shares}
+        differences = {(d.task, d.arm, d.against) for d in self.differences}
+        whole = {UNSTEERED, STEERED} <= set(arms) and all(
+            {(task.name, arm) for arm in arms} <= shares
+            and {(task.name, *pair) for pair in compared(arms)} <= differences
+            for task in self.tasks
+        )
+        if not whole or not self.tasks:
+            raise MoesteerError(
+                f"{where} does not hold every task, arm and difference; delete it and run the"
+                " command again, which makes it from the replies."
+            )
 
 
 _Summary = TypeVar("_Summary")
@@ -187,6 +208,13 @@ def pool_of(arm: str) -> str:
     return name if name and seed.isdigit() else arm
 
 
+def compared(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """Which pool is compared with which: every one with unsteered, steered with every other."""
+    pools = list(dict.fromkeys(pool_of(arm) for arm in arms))
+    pairs = [(pool, UNSTEERED) for pool in pools if pool != UNSTEERED]
+    return pairs + [(STEERED, pool) for pool in pools if pool not in (UNSTEERED, STEERED)]
+
+
 Values = Mapping[str, Mapping[int, bool]]
 """By arm and item: whether the reply is the task's outcome; unjudged items are left out."""
 
@@ -204,9 +232,7 @@ def compare(
         outcomes.setdefault((record["task"], record["arm"]), {})[record["item"]] = record["outcome"]
     shares: list[Share] = []
     differences: list[Difference] = []
-    pools = list(dict.fromkeys(pool_of(arm) for arm in arms))
-    pairs = [(pool, UNSTEERED) for pool in pools if pool != UNSTEERED]
-    pairs += [(STEERED, pool) for pool in pools if pool not in (UNSTEERED, STEERED)]
+    pairs = compared(arms)
     for task in tasks:
         by_arm = {arm: outcomes.get((task.name, arm), {}) for arm in arms}
         shares += [_share(task, arm, found) for arm, found in by_arm.items()]

@@ -8,6 +8,12 @@ only what goes beyond the controls says something about the experts that were ch
     bottom     as many of those that the detector ranked last, over all layers
     reversed   the same experts, the other way round: this one should matter
     shuffled   the detector's scores dealt to random experts, for a search to choose from
+
+Random and matched experts are drawn among those that are *not* steered: they ask whether others do
+as well. If the choice was no better than chance, chosen and drawn ones are still alike, so nothing
+is claimed too often; if it was, they lack the experts that were found, and lie lower than experts
+drawn among all would. The bottom may hold experts that no token selects: deactivating these
+changes nothing, so it is the weakest control of all.
 """
 
 import random

@@ -8,7 +8,7 @@ was said and judged stands in `replies.jsonl`, how far each arm moved from the u
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,10 +32,11 @@ from moesteer.evaluation.drift import (
     selections,
 )
 from moesteer.evaluation.judge_check import doubts, known_check, told
-from moesteer.evaluation.judging import judge_replies
-from moesteer.evaluation.task import Item, Judge
+from moesteer.evaluation.judging import Judged, disagreement, judge_replies
+from moesteer.evaluation.task import Item, Judge, Verdict
 from moesteer.files import write_text
-from moesteer.generate import GROUP, check_steers
+from moesteer.generate import GROUP, check_length, check_steers
+from moesteer.profile import check_model
 from moesteer.provenance import about
 from moesteer.runs import Run, open_run
 
@@ -45,6 +46,10 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 BOOTSTRAP_SEED = 0
+REPLY = ("task", "arm", "item", "prompt", "reply", "outcome", "verdicts")
+DRIFT = ("task", "arm", "kl", "routing")
+FIRED = ("task", "arm", "start", "layer", "tokens", "obeyed")
+"""The keys of a line of `replies.jsonl`, `drift.jsonl` and `fired.jsonl`."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,10 @@ def evaluate(
     """
     check_steers(profile)
     check_numbers(seeds=seeds, batch_size=batch_size)
+    check_model(profile, engine.facts)
+    check_tasks(cards)
     cards = with_prices(cards, data or {})
+    check_tasks(cards, data or {})
     options = dict(profile.chat_options) | dict(chat_options or {})
     asked = [
         prepare(engine, card, split, (data or {}).get(card.name), options, limit, max_new_tokens)
@@ -115,11 +123,12 @@ def evaluate(
     with open_run(out, "evaluate", settings, about(command)) as run:
         _ask_all(run, engine, asked, by_name, batch_size, say, progress)
         drifts = _drifts(run, engine, asked, by_name, batch_size)
-        facts, notes = _task_facts(engine, asked, checks or Path(out).parent)
+        replies = replies_of(run)
+        facts, notes = _task_facts(engine, asked, checks or Path(out).parent, replies)
         for note in notes:
             warnings.warn(note, MoesteerWarning, stacklevel=2)
-        shares, differences = compare(facts, list(by_name), run.lines("replies"), BOOTSTRAP_SEED)
-        fired = run.lines("fired")
+        shares, differences = compare(facts, list(by_name), replies, BOOTSTRAP_SEED)
+        fired = run.lines("fired", *FIRED)
         comparison = Comparison(
             model=engine.facts.id,
             profile=profile.name,
@@ -134,6 +143,22 @@ def evaluate(
         )
         write_text(run.folder / SUMMARY, comparison.to_json() + "\n")
     return comparison
+
+
+def check_tasks(cards: Sequence[Card], data: Mapping[str, str] | None = None) -> None:
+    """MoesteerError without a task, for two of one name, and for data of none of them.
+
+    What a run holds is told apart by the tasks' names.
+    """
+    names = [card.name for card in cards]
+    if not names:
+        raise MoesteerError("there is no task to measure; give one with --tasks.")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise MoesteerError(f"there are two tasks of the name {twice[0]}; give it once.")
+    if lost := [name for name in data or {} if name not in names]:
+        raise MoesteerError(
+            f"--data names {lost[0]!r}, which is none of the tasks: {', '.join(names)}."
+        )
 
 
 def with_prices(cards: Sequence[Card], data: Mapping[str, str]) -> list[Card]:
@@ -176,14 +201,16 @@ def prepare(
     """A card's prompts, rendered, with its judges; MoesteerError where the prompts are missing."""
     check_numbers(limit=limit, max_new_tokens=max_new_tokens)
     items = read_items(card, split, data)[:limit]
+    longest = max_new_tokens or card.max_new_tokens
     prompts = []
     for item in items:
         try:
             prompts.append(render_prompt(item.messages, engine.tokenizer, chat_options))
         except MoesteerError as error:
             raise MoesteerError(f"{item.source}: {error}") from None
+        check_length(engine, prompts[-1], longest, item.source)
     judges = make_judges(card, engine, chat_options)
-    return Asked(card, items, prompts, judges, max_new_tokens or card.max_new_tokens)
+    return Asked(card, items, prompts, judges, longest)
 
 
 def identity(asked: Asked) -> str:
@@ -196,7 +223,7 @@ def identity(asked: Asked) -> str:
 def check_numbers(**numbers: int | None) -> None:
     """MoesteerError for an option of this name whose number is too small."""
     for name, value in numbers.items():
-        least = 0 if name == "seeds" else 1
+        least = 0 if name in ("seeds", "seed") else 1
         if value is not None and value < least:
             raise MoesteerError(
                 f"--{name.replace('_', '-')} is {value}; it must be at least {least}."
@@ -223,7 +250,7 @@ def _ask_all(
 
     A task's arms follow each other: the target is known first.
     """
-    there = {(r["task"], r["arm"], r["item"]) for r in run.lines("replies")}
+    there = {(r["task"], r["arm"], r["item"]) for r in run.lines("replies", *REPLY)}
     total = sum(len(task.items) for task in asked) * len(by_name)
     done = len(there)
     if say is not None:
@@ -246,6 +273,39 @@ def _ask_all(
                 if missing:
                     told(len(missing) - len(chosen))  # what is there in part is asked again
                     _ask(run, engine, task, (arm, profile), chosen, missing, batch_size, told)
+        if any(task.card.name == name for name, _, _ in there):
+            _judge_again(run, task)
+
+
+def replies_of(run: Run) -> list[dict[str, Any]]:
+    """The run's replies, each with its last verdict."""
+    found = {(r["task"], r["arm"], r["item"]): r for r in run.lines("replies", *REPLY)}
+    return list(found.values())
+
+
+def _judge_again(run: Run, task: Asked) -> None:
+    """Judge replies without an outcome once more: an endpoint may be back."""
+    open_ones = [
+        reply
+        for reply in replies_of(run)
+        if reply["task"] == task.card.name and reply["outcome"] is None
+    ]
+    if not open_ones:
+        return
+    judged = judge_replies(
+        task.card,
+        task.judges,
+        [task.items[reply["item"]] for reply in open_ones],
+        [reply["reply"] for reply in open_ones],
+    )
+    run.add(
+        "replies",
+        [
+            {**reply, "outcome": said.outcome, "verdicts": [asdict(v) for v in said.verdicts]}
+            for reply, said in zip(open_ones, judged, strict=True)
+            if said.outcome is not None
+        ],
+    )
 
 
 def _ask(
@@ -315,7 +375,7 @@ def _drifts(
     batch_size: int,
 ) -> list[Drift]:
     """The drift of every steered arm on every task; what the run holds is not measured again."""
-    there = {(r["task"], r["arm"]): Drift(**r) for r in run.lines("drift")}
+    there = {(r["task"], r["arm"]): Drift(**r) for r in run.lines("drift", *DRIFT)}
     replies = {(r["task"], r["arm"], r["item"]): r["reply"] for r in run.lines("replies")}
 
     def conversations(task: Asked, arm: str) -> list[TokenisedConversation]:
@@ -336,21 +396,15 @@ def _drifts(
             drift = Drift(name, arm, kl, routing_drift(before, after))
             run.add("drift", [asdict(drift)])
             there[name, arm] = drift
-    return [there[key] for key in sorted(there, key=_in_order(asked, by_name))]
-
-
-def _in_order(
-    asked: Sequence[Asked], by_name: Mapping[str, object]
-) -> Callable[[tuple[str, str]], tuple[int, int]]:
-    tasks, arms = [task.card.name for task in asked], list(by_name)
-    return lambda key: (tasks.index(key[0]), arms.index(key[1]))
+    in_order = [(task.card.name, arm) for task in asked for arm in by_name]
+    return [there[key] for key in in_order if key in there]
 
 
 # -- the summary ---------------------------------------------------------------------------------
 
 
 def _task_facts(
-    engine: "Engine", asked: Sequence[Asked], checks: str | Path
+    engine: "Engine", asked: Sequence[Asked], checks: str | Path, replies: Sequence[dict[str, Any]]
 ) -> tuple[list[TaskFacts], list[str]]:
     """What was asked, with each judge's check, and what speaks against trusting a judge."""
     facts, notes = [], []
@@ -368,9 +422,17 @@ def _task_facts(
                 harmless=card.harmless,
                 items=len(task.items),
                 check=told(check),
+                agreement=_agreement(reply for reply in replies if reply["task"] == card.name),
             )
         )
     return facts, notes
+
+
+def _agreement(replies: Iterable[Mapping[str, Any]]) -> str:
+    """How often several judges gave different outcomes; nothing to say of a single one."""
+    verdicts = [tuple(Verdict(**verdict) for verdict in reply["verdicts"]) for reply in replies]
+    differ, both = disagreement([Judged(None, of_reply) for of_reply in verdicts])
+    return f"its judges differ on {differ:,} of {both:,} replies" if both else ""
 
 
 def _arm_facts(
@@ -388,6 +450,6 @@ def _arm_facts(
         profile.activated,
         profile.deactivated,
         tokens=max(by_layer.values(), default=0),
-        obeyed=all(record["obeyed"] for record in mine.values()),
+        obeyed=bool(mine) and all(record["obeyed"] for record in mine.values()),
         note=profile.name,
     )

@@ -33,9 +33,11 @@ from moesteer.evaluation.evaluate import (
     SUMMARY,
     about,
     check_numbers,
+    check_tasks,
     evaluate,
     identity,
     prepare,
+    with_prices,
 )
 from moesteer.evaluation.trials import (
     DOSES,
@@ -149,10 +151,12 @@ def search(
     )
     cards = [target, *(card for card, _ in prices)]
     labelled = _labelled(rankings, engine)
-    check_numbers(seeds=seeds, batch_size=batch_size)
+    check_numbers(seeds=seeds, seed=seed, batch_size=batch_size)
     _check(cards, plan, len(labelled))
     options = dict(rankings[0].chat_options) | dict(chat_options or {})
     files = data or {}
+    tested = with_prices(cards, files)
+    check_tasks(tested, files)
     tasks = [
         prepare(engine, card, "dev", files.get(card.name), options, limit, max_new_tokens)
         for card in cards
@@ -184,7 +188,7 @@ def search(
         test = evaluate(
             engine,
             profile,
-            cards,
+            tested,
             out=run.folder / "test",
             data=data,
             seeds=seeds,
@@ -270,8 +274,16 @@ def grid(most: Mapping[str, tuple[int, int]], budget: int) -> list[tuple[str, in
 
 
 def _ladder(most: int, steps: int) -> list[int]:
-    """At most `steps` whole numbers from 1 to `most`, growing geometrically."""
-    return sorted({round(n) for n in np.geomspace(1, most, steps)}) if most else []
+    """`steps` whole numbers from 1 to `most`, or all of them, growing geometrically.
+
+    Where rounding makes some of them equal, the smallest numbers that are missing take their place:
+    every ranking, a control's too, gets as many tries.
+    """
+    if not most:
+        return []
+    rungs = {round(n) for n in np.geomspace(1, most, steps)}
+    spare = [n for n in range(1, most + 1) if n not in rungs]
+    return sorted({*rungs, *spare[: min(steps, most) - len(rungs)]})
 
 
 def _by_optuna(
@@ -411,6 +423,8 @@ def _check(cards: Sequence[Card], plan: Plan, rankings: int) -> None:
             f"--budget is {plan.budget}; it must be at least 3 trials a ranking, here"
             f" {3 * rankings}."
         )
+    if plan.max_kl is not None and not 0 <= plan.max_kl < float("inf"):
+        raise MoesteerError(f"--max-kl is {plan.max_kl}; it must be at least 0, and finite.")
 
 
 def _digest(ranking: Profile) -> str:

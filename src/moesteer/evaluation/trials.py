@@ -129,7 +129,7 @@ def measure_unsteered(bench: Bench) -> Trial:
     for name, share in broken.items():
         raise MoesteerError(
             f"the unsteered model itself has {share:.3f} on {name}, and at least"
-            f" {bench.plan.prices[name]:g} is asked for. Lower --prices."
+            f" {bench.plan.prices[name]:g} is asked for. Lower --prices, with another --out."
         )
     target = bench.tasks[0].card.name
     return _kept(
@@ -253,7 +253,7 @@ def best_or_error(trials: Sequence[Trial]) -> Trial:
         raise MoesteerError(
             f"none of {len(trials)} choices keeps to the limits; the nearest ({words(nearest)})"
             f" gives {nearest.values}, KL {nearest.kl:.3g}. Loosen --prices or --max-kl, or give"
-            " another ranking."
+            " another ranking, with another --out."
         )
     return best
 

@@ -93,7 +93,7 @@ def _below(comparison: Comparison) -> Iterator[str]:
         if arm.name != UNSTEERED:
             yield _fired_line(arm)
     for task in comparison.tasks:
-        yield f"judge of {task.name}: {task.check}"
+        yield f"judge of {task.name}: {'; '.join(filter(None, (task.check, task.agreement)))}"
         unjudged = sum(share.unjudged for share in _of_task(comparison, task))
         if unjudged:
             asked = task.items * len(comparison.arms)

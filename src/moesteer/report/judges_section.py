@@ -66,10 +66,11 @@ def _unjudged(comparison: Comparison, task: TaskFacts) -> int:
 
 
 def _check_words(check: Check | None, task: TaskFacts) -> str:
-    if check is None:
-        return task.check
-    plain = check.check.modes[UNCHANGED]
-    return f"right on {plain.seen} of {plain.n} known replies; see below"
+    said = task.check
+    if check is not None:
+        plain = check.check.modes[UNCHANGED]
+        said = f"right on {plain.seen} of {plain.n} known replies; see below"
+    return "; ".join(filter(None, (said, task.agreement)))
 
 
 def _check_tables(checks: Sequence[Check]) -> list[Block]:

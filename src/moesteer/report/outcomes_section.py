@@ -43,7 +43,7 @@ def outcome_blocks(evaluation: Evaluation) -> list[Block]:
         _evidence_table(comparison, of),
         _differences_table(
             "All differences in percentage points, paired by prompt, with 95 % bootstrap intervals"
-            f" and exact p: {of}",
+            f" and exact p, of other prompts and not of other seeds: {of}",
             comparison.differences,
         ),
         *_drift_table(comparison, of),
@@ -125,9 +125,10 @@ def _fired_table(comparison: Comparison, of: str) -> Table:
             text(named(arm.deactivated) or "none"),
             number(arm.tokens, ",d"),
             text("every token" if arm.obeyed else "not every token"),
+            text(arm.note),
         )
         for arm in comparison.arms
         if arm.name != UNSTEERED
     )
-    headings = ("arm", "activated", "deactivated", "tokens a layer", "obeyed")
+    headings = ("arm", "activated", "deactivated", "tokens a layer", "obeyed", "steered by")
     return Table(f"Proof that the steering fired: {of}", headings, rows)

@@ -14,6 +14,7 @@ import numpy as np
 
 from moesteer.errors import MoesteerError
 from moesteer.evaluation.comparison import Comparison
+from moesteer.evaluation.evaluate import replies_of
 from moesteer.evaluation.judge_check import JudgeCheck
 from moesteer.evaluation.search import BEST, SearchResult, Trial
 from moesteer.profile import NORM_TOLERANCE, UNKNOWN, ModelFacts, Profile
@@ -253,7 +254,16 @@ def _summary(run: Run) -> tuple[str, Path]:
 
 def _evaluation(run: Run) -> Evaluation:
     profile = Profile.from_json(json.dumps(run.settings.get("profile")), run.folder / ABOUT)
-    return Evaluation(run, profile, Comparison.from_json(*_summary(run)), run.lines("replies"))
+    comparison = Comparison.from_json(*_summary(run))
+    replies = replies_of(run)
+    found = {(reply["task"], reply["arm"], reply["item"]) for reply in replies}
+    asked = sum(task.items for task in comparison.tasks) * len(comparison.arms)
+    if len(found) != asked:
+        raise MoesteerError(
+            f"{run.folder}: replies.jsonl holds {len(found):,} replies, but {SUMMARY} tells of"
+            f" {asked:,}. Run its command again, which asks what is missing."
+        )
+    return Evaluation(run, profile, comparison, replies)
 
 
 def _search(run: Run) -> Search:

@@ -6,14 +6,18 @@ of controls:
 
     its 95 % interval leaves out zero,
     its p, adjusted over tasks (Holm), is below 0.05,
-    it goes the same way as against the unsteered arm.
+    it goes the same way as against the unsteered arm,
+    and against a pool of seeds it is larger than one more seed would be (`reach_of_seeds`).
+
+The first two speak of other prompts: with enough of them any two sets of experts differ. How far
+sets of random experts lie apart is seen in their seeds alone, so at least one pool needs two.
 
 Otherwise nothing was found beyond random experts, and the sentence says so. The sign-reversed arm
 is no control: it steers the experts that were found. The price stands in the same sentence: of all
 price tasks the one whose share falls most.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moesteer.evaluation.comparison import (
@@ -72,6 +76,35 @@ def is_beyond(difference: Difference, way: float) -> bool:
     return end > 0 and difference.holm < ALPHA
 
 
+def reach_of_seeds(comparison: Comparison, task: str) -> dict[str, float]:
+    """By pool of several seeds, how far from their mean one more seed's share may lie.
+
+    Half the prediction interval of one more observation, t · sd · √(1 + 1/s) for s seeds (Hahn &
+    Meeker 1991, Statistical Intervals), at 95 %, Bonferroni-adjusted over the targets. The standard
+    deviation is that within pools, over all of them; empty where no pool has two known shares. It
+    takes shares of sets for normal. Where one set in many does much and most do nothing, a few
+    seeds may all do nothing, and the reach is then too short: more seeds tell.
+    """
+    import numpy as np
+    from scipy.stats import t
+
+    pools: dict[str, list[float]] = {pool: [] for pool in control_pools(comparison)}
+    for share in comparison.shares:
+        if share.task == task and share.share is not None and pool_of(share.arm) in pools:
+            pools[pool_of(share.arm)].append(share.share)
+    several = {pool: shares for pool, shares in pools.items() if len(shares) > 1}
+    free = sum(len(shares) - 1 for shares in several.values())
+    if not free:
+        return {}
+    variance = sum(float(np.var(shares)) * len(shares) for shares in several.values()) / free
+    targets = sum(one.role == "target" for one in comparison.tasks) or len(comparison.tasks)
+    quantile = float(t.ppf(1 - ALPHA / 2 / targets, free))
+    return {
+        pool: quantile * (variance * (1 + 1 / len(shares))) ** 0.5
+        for pool, shares in several.items()
+    }
+
+
 def worst_price(comparison: Comparison) -> Difference | None:
     """The price task whose share falls most when steered; None where no price was measured."""
     prices = [
@@ -112,12 +145,17 @@ def _verdict(comparison: Comparison, task: TaskFacts) -> Found:
     against = (UNSTEERED, *control_pools(comparison))
     differences = [comparison.difference(task.name, STEERED, pool) for pool in against]
     way = _way(differences[0])
-    short = [d for d in differences if not is_beyond(d, way)]
-    claimed = not short and len(against) > 1
+    reach = reach_of_seeds(comparison, task.name)
+    short = [
+        d
+        for d in differences
+        if not is_beyond(d, way) or way * (d.difference or 0.0) <= reach.get(d.against, 0.0)
+    ]
+    claimed = not short and bool(reach)
     if claimed:
         finding = _claim(comparison, task, differences)
     else:
-        finding = _no_claim(comparison, task, differences, short)
+        finding = _no_claim(comparison, task, differences, short, reach)
     names = tuple(difference.against for difference in short)
     return Found(task.name, claimed, against, names, finding, _price_words(comparison))
 
@@ -142,6 +180,7 @@ def _no_claim(
     task: TaskFacts,
     differences: Sequence[Difference],
     short: Sequence[Difference],
+    reach: Mapping[str, float],
 ) -> str:
     main = differences[0]
     opening = f"On {task.name} nothing was found beyond random experts: "
@@ -157,10 +196,15 @@ def _no_claim(
         return f"{opening}{moved}"
     if len(differences) == 1:
         return f"{opening}{moved}, and there are no controls to compare it with"
+    if not short:
+        return f"{opening}{moved}, and one seed does not tell how far random experts lie apart"
     least = min(short, key=lambda d: _way(main) * (d.difference or 0.0))
+    words = f"steered less {least.against}: {points(least)}"
+    if is_beyond(least, _way(main)):
+        words += f"; one more seed may lie {100 * reach[least.against]:.0f} points from the others"
     return (
         f"{opening}{moved}, but that does not go beyond {_listed([d.against for d in short])}"
-        f" (steered less {least.against}: {points(least)})"
+        f" ({words})"
     )
 
 

@@ -45,7 +45,7 @@ class Matching(Settings):
     def wanted(self, item: Item) -> list[str]:
         """The accepted texts, normalised."""
         texts = self.phrases if self.column is None else item.columns[self.column].split("\n")
-        return [_plain(text) for text in texts if text.strip()]
+        return [plain for text in texts if (plain := _plain(text))]
 
     def by(self, name: str, matches: Callable[[str, str], bool]) -> OneByOne:
         """A judge by `matches(reply, wanted)`, both normalised."""

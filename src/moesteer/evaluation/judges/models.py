@@ -14,17 +14,23 @@ def load_judge(auto: str, model: str, revision: str | None) -> tuple[Any, Any]:
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision)
-        loaded = getattr(transformers, auto).from_pretrained(
+        loaded, found = getattr(transformers, auto).from_pretrained(
             model,
             revision=revision,
             dtype="auto",
             device_map="auto" if torch.cuda.is_available() else None,
+            output_loading_info=True,
         )
     except Exception as error:  # whatever transformers says of other people's files
         raise MoesteerError(
             f"the judge {model} can't be loaded: {first_line(error)} Give a folder or a name on"
             " the Hub; models whose terms must be accepted need that, and `hf auth login`."
         ) from error
+    if missing := sorted(found["missing_keys"]):  # transformers makes them up at random
+        raise MoesteerError(
+            f"the judge {model} holds no weights {missing[0]}, so it is no trained {auto[9:]}; give"
+            " one that is."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if loaded.config.get_text_config().pad_token_id is None:  # a classifier of batches needs it

@@ -110,7 +110,9 @@ def test_evaluate_shows_shares_differences_price_and_proof(run: Run):
     assert "fired: steered (planted.safetensors): +3 −0 experts;" in said.out
     assert "judge of testbed-facts: right on" in said.out
     assert "moesteer: 2 tasks × 4 arms: 64 replies" in said.err
-    assert "no control matched 0, bottom: planted.safetensors holds no scores" in said.err
+    left_out = "no control matched 0, bottom: planted.safetensors holds no scores"
+    assert left_out in said.err
+    assert any(note.startswith(left_out) for note in comparison.notes)
     replies = [json.loads(line) for line in Path("out/replies.jsonl").read_text().splitlines()]
     assert len(replies) == 64
     assert not any(reply["reply"] in said.out for reply in replies)

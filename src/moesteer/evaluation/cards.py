@@ -307,8 +307,8 @@ def items_from(card: Card, source: str, more: Sequence[str] = ()) -> list[Item]:
 
 def what_it_needs(card: Card) -> str:
     """What data the task takes, and how it is given."""
-    needs = " ".join(card.prompts.needs.split())
-    return f"The task {card.name} needs: {needs} Give your prompts with --data {card.name}=FILE."
+    needs = " ".join(card.prompts.needs.split()).rstrip(".")
+    return f"The task {card.name} needs: {needs}. Give your prompts with --data {card.name}=FILE."
 
 
 def with_prompts(item: Item, card: Card) -> Item:

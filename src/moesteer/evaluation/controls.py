@@ -17,14 +17,13 @@ changes nothing, so it is the weakest control of all.
 """
 
 import random
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from moesteer.detection.selecting import experts_table, ranked_experts, scores_by_expert
-from moesteer.errors import MoesteerError, MoesteerWarning
+from moesteer.errors import MoesteerError
 from moesteer.evaluation.comparison import STEERED, UNSTEERED
 from moesteer.profile import Expert, LayerShape, Profile, Side, check_fits
 
@@ -133,11 +132,13 @@ def shuffled_ranking(profile: Profile, seed: int) -> Profile:
     )
 
 
-def arms(profile: Profile, layers: tuple[LayerShape, ...], seeds: int) -> dict[str, Profile | None]:
+def arms(
+    profile: Profile, layers: tuple[LayerShape, ...], seeds: int
+) -> tuple[dict[str, Profile | None], list[str]]:
     """The profile beside its controls, by name: unsteered, steered, reversed, random 0 and so on.
 
-    A control that can't be had (a profile without scores, too few other experts) is left out with a
-    MoesteerWarning that says why.
+    A control that can't be had (a profile without scores, too few other experts) is left out; the
+    list says which, and why.
     """
     makers: dict[str, Callable[[], Profile]] = {
         "reversed": lambda: reversed_control(profile, layers),
@@ -152,9 +153,7 @@ def arms(profile: Profile, layers: tuple[LayerShape, ...], seeds: int) -> dict[s
             found[name] = make()
         except MoesteerError as error:
             missing.setdefault(str(error), []).append(name)
-    for why, names in missing.items():
-        warnings.warn(f"no control {', '.join(names)}: {why}", MoesteerWarning, stacklevel=2)
-    return found
+    return found, [f"no control {', '.join(names)}: {why}" for why, names in missing.items()]
 
 
 def _others(profile: Profile, layers: tuple[LayerShape, ...], layer: int) -> list[int]:

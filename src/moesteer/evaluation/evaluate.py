@@ -106,7 +106,10 @@ def evaluate(
         prepare(engine, card, split, (data or {}).get(card.name), options, limit, max_new_tokens)
         for card in cards
     ]
-    by_name = arms_of(profile, engine.facts.layers, seeds) | dict(beside or {})
+    controls, missing = arms_of(profile, engine.facts.layers, seeds)
+    by_name = controls | dict(beside or {})
+    for note in missing:  # before the work, not after it
+        warnings.warn(note, MoesteerWarning, stacklevel=2)
     settings = {
         "model": engine.facts.id,
         "model_facts": asdict(engine.facts),
@@ -124,8 +127,8 @@ def evaluate(
         _ask_all(run, engine, asked, by_name, batch_size, say, progress)
         drifts = _drifts(run, engine, asked, by_name, batch_size)
         replies = replies_of(run)
-        facts, notes = _task_facts(engine, asked, checks or Path(out).parent, replies)
-        for note in notes:
+        facts, doubted = _task_facts(engine, asked, checks or Path(out).parent, replies)
+        for note in doubted:
             warnings.warn(note, MoesteerWarning, stacklevel=2)
         shares, differences = compare(facts, list(by_name), replies, BOOTSTRAP_SEED)
         fired = run.lines("fired", *FIRED)
@@ -139,7 +142,7 @@ def evaluate(
             shares=tuple(shares),
             differences=tuple(differences),
             drifts=tuple(drifts),
-            notes=tuple(notes),
+            notes=(*missing, *doubted),
         )
         write_text(run.folder / SUMMARY, comparison.to_json() + "\n")
     return comparison
@@ -254,7 +257,8 @@ def _ask_all(
     total = sum(len(task.items) for task in asked) * len(by_name)
     done = len(there)
     if say is not None:
-        words = f"{len(asked)} tasks × {len(by_name)} arms: {total:,} replies"
+        tasks = "1 task" if len(asked) == 1 else f"{len(asked)} tasks"
+        words = f"{tasks} × {len(by_name)} arms: {total:,} replies"
         say(words + (f", {done:,} of them are there" if done else ""))
 
     def told(more: int) -> None:

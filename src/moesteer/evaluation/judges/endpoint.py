@@ -120,8 +120,9 @@ class _Endpoint:
         while not self._answered and len(verdicts) < len(pairs):
             verdicts.append(self._verdict(*pairs[len(verdicts)]))
             if not self._answered and len(verdicts) in (GIVE_UP_AFTER, len(pairs)):
+                why = verdicts[-1].note.rstrip(".")
                 raise MoesteerError(
-                    f"the judge at {self.url} never answered: {verdicts[-1].note}. Is it running,"
+                    f"the judge at {self.url} never answered: {why}. Is it running,"
                     " and is MOESTEER_JUDGE_URL right?"
                 )
         with ThreadPoolExecutor(self.settings.parallel) as pool:

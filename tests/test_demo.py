@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moesteer import demo
+from moesteer import demo, demo_report
 from moesteer.demo import DemoResult, run_demo
 from moesteer.detection.selecting import ranked_experts
 from moesteer.engines.transformers_engine import load_transformers
@@ -90,10 +90,10 @@ def test_a_single_expert_switched_off_tells_planted_ones_from_decoys(result: Dem
 def test_the_report_claims_what_was_planted_and_keeps_its_runs(
     result: DemoResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(demo, "KNOCKED", 4)
-    monkeypatch.setattr(demo, "REPORTED_PROMPTS", 12)
+    monkeypatch.setattr(demo_report, "KNOCKED", 4)
+    monkeypatch.setattr(demo_report, "REPORTED_PROMPTS", 12)
     one = replace(result, behaviours=result.behaviours[:1])
-    page = demo.write_demo_report(load_transformers("testbed"), one, tmp_path / "demo.html")
+    page = demo_report.write_demo_report(load_transformers("testbed"), one, tmp_path / "demo.html")
     told = page.with_suffix(".md").read_text()
     verdict = told.partition("## Verdict")[2].partition("\n## ")[0]
     (claim,) = [line for line in verdict.splitlines() if line.startswith("**Steering")]

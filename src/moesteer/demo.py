@@ -10,23 +10,18 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from moesteer.chat import render_prompt
 from moesteer.contrast import Message, read_pairs
-from moesteer.detection.compare_to_folder import compare_to_folder
 from moesteer.detection.comparing import measurement
 from moesteer.detection.detect import detect
 from moesteer.detection.knocking import knock
 from moesteer.detection.selecting import select_experts
 from moesteer.engines.base import Engine
 from moesteer.errors import MoesteerError, MoesteerWarning
-from moesteer.evaluation.cards import read_card
 from moesteer.evaluation.comparison import wilson_interval
 from moesteer.evaluation.controls import random_control
-from moesteer.evaluation.evaluate import evaluate
 from moesteer.profile import Expert, Profile, Side
-from moesteer.report.write_report import check_report, write_report
 from moesteer.testbed import ground_truth
 from moesteer.testbed.world import BEHAVIOURS, Probe, outcome, probes
 
@@ -57,15 +52,6 @@ TARGET: Mapping[tuple[str, Side], str] = {
     ("digits", "b"): "digits",
 }
 """The column that a behaviour moves: up towards A, down towards B, where there is room."""
-
-
-REPORTED: Mapping[str, tuple[Side, str]] = {
-    "refusal": ("b", "testbed-restricted"),
-    "document": ("a", "testbed-document"),
-    "digits": ("a", "testbed-digits"),
-}
-"""Which way a behaviour is steered in the report, and the task that shows it."""
-REPORTED_PROMPTS = 32
 
 
 @dataclass(frozen=True)
@@ -127,50 +113,6 @@ def run_demo(engine: Engine, step: Callable[[str], None] = lambda _: None) -> De
             toward[side] = _measure(engine, scores, behaviour, side)
         results.append(BehaviourResult(behaviour, scores, knocked_out, toward))
     return DemoResult(unsteered, results)
-
-
-def write_demo_report(
-    engine: Engine,
-    result: DemoResult,
-    out: str | Path,
-    step: Callable[[str], None] = lambda _: None,
-    command: str = "",
-) -> Path:
-    """The report of the demonstration, an HTML page; its run folders stand beside it.
-
-    Each behaviour is evaluated in the direction of `REPORTED` with every control, and its detectors
-    are compared with knock-out. Runs that are there already are taken up.
-    """
-    page = Path(out)
-    check_report(page)
-    runs = page.with_suffix(".runs")
-    runs.mkdir(exist_ok=True)
-    folders: list[Path] = []
-    for found in result.behaviours:
-        side, task = REPORTED[found.behaviour]
-        step(f"{found.behaviour}: comparing detectors with knock-out")
-        source = f"testbed:{found.behaviour}:dev"
-        compare_to_folder(
-            engine,
-            read_pairs(source)[:KNOCKED],
-            out=runs / f"{found.behaviour}-detectors",
-            source=source,
-            truth=ground_truth().behaviours[found.behaviour],
-            command=command,
-        )
-        step(f"{found.behaviour}: evaluating beside every control")
-        evaluate(
-            engine,
-            found.toward[side].profile,
-            [read_card(task)],
-            out=runs / found.behaviour,
-            limit=REPORTED_PROMPTS,
-            batch_size=REPORTED_PROMPTS,
-            command=command,
-        )
-        folders += [runs / found.behaviour, runs / f"{found.behaviour}-detectors"]
-    step("writing the report")
-    return write_report(folders, page)[0]
 
 
 def ask(engine: Engine, asked: Sequence[Probe], profile: Profile | None = None) -> Outcomes:

@@ -16,7 +16,8 @@ def demo(*, report: str | None = None) -> None:
 
     import torch
 
-    from moesteer.demo import run_demo, write_demo_report
+    from moesteer.demo import run_demo
+    from moesteer.demo_report import write_demo_report
     from moesteer.report.demo_page import print_demo
     from moesteer.report.progress import steps
     from moesteer.report.terminal import print_text

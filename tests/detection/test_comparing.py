@@ -8,21 +8,24 @@ import pytest
 
 from moesteer.cli import main
 from moesteer.contrast import read_pairs
+from moesteer.detection.compare_to_folder import compare_to_folder
 from moesteer.detection.comparing import (
     EITHER,
     GRADIENT,
     KNOCK_IN,
     KNOCK_OUT,
     agreement,
-    evenly,
+    drawn,
     larger,
     planted_in,
     read_neutral,
     recovery,
 )
 from moesteer.detection.detectors import DETECTORS
+from moesteer.detection.selecting import select_experts
+from moesteer.engines.transformers_engine import load_transformers
 from moesteer.errors import MoesteerError
-from moesteer.profile import LayerShape, Scores
+from moesteer.profile import LayerShape, Profile, Scores
 from moesteer.runs import read_run
 from moesteer.testbed import PlantedBehaviour, ground_truth
 
@@ -83,12 +86,35 @@ def test_the_larger_of_both_knocks() -> None:
     assert found.q[1, 2] == 1
 
 
-def test_pairs_are_taken_evenly() -> None:
-    pairs = read_pairs("testbed:refusal:dev")[:10]
-    assert evenly(pairs, 4) == [pairs[i] for i in (0, 2, 5, 7)]
-    assert evenly(pairs, None) == evenly(pairs, 10) == evenly(pairs, 99) == pairs
+def test_pairs_are_drawn_in_order_and_not_by_a_stride() -> None:
+    pairs = read_pairs("testbed:digits:dev")
+    some = drawn(pairs, 24)
+    places = [pairs.index(pair) for pair in some]
+    assert places == sorted(set(places))
+    assert len(places) == 24
+    assert len({place % 2 for place in places}) == 2  # habits take turns in the file
+    assert drawn(pairs, 24) == some
+    assert drawn(pairs, None) == drawn(pairs, 1000) == pairs
     with pytest.raises(MoesteerError, match="0 pairs are to be used"):
-        evenly(pairs, 0)
+        drawn(pairs, 0)
+
+
+def test_causal_scores_are_profiles_to_select_by(tmp_path: Path) -> None:
+    engine = load_transformers("testbed")
+    pairs = drawn(read_pairs("testbed:digits:dev"), 24)
+    out = tmp_path / "run"
+    result = compare_to_folder(engine, pairs, out=out, source="pairs.jsonl", command="made")
+    for name in ("knock-out", "knock-in", "gate-gradient"):
+        profile = Profile.load(out / f"{name}.safetensors")
+        assert profile.scores is not None
+        assert profile.evidence is not None
+        assert np.array_equal(profile.scores.value, result.scores[name].value)
+        assert (profile.evidence.detector, profile.evidence.pairs) == (name, 24)
+        assert (profile.evidence.source, profile.evidence.command) == ("pairs.jsonl", "made")
+    chosen = select_experts(
+        Profile.load(out / "knock-out.safetensors"), activate=3, deactivate=0, toward="a"
+    )
+    assert set(chosen.activated) == set(ground_truth().behaviours["digits"].planted)
 
 
 def test_what_is_known_of_whom() -> None:

@@ -28,7 +28,8 @@ def detectors(
     pairs
         JSONL or CSV file, data set (ORG/NAME:split), or testbed:BEHAVIOUR[:SPLIT].
     out
-        A folder for the results. An interrupted run is taken up when started again.
+        A folder for the results, with profiles of the causal scores (knock-out.safetensors, …) for
+        `select` and `search`. An interrupted run is taken up when started again.
     over
         What is read: the token where the sides part, or the probability of the whole targets, for
         pairs whose prompts differ.
@@ -40,7 +41,7 @@ def detectors(
         Screen the layers by blocks of experts, and go into so many. Without it: all, or as many as
         have 1,000 experts together.
     pairs_used
-        Use only so many pairs of each set, evenly spaced.
+        Use only so many pairs of each set, drawn at random.
     seed
         Seed of intervals and tests.
     """
@@ -49,15 +50,15 @@ def detectors(
     from moesteer.chat import parse_chat_options
     from moesteer.contrast import read_pairs
     from moesteer.detection.compare_to_folder import compare_to_folder
-    from moesteer.detection.comparing import evenly, marks_of, planted_in, read_neutral
+    from moesteer.detection.comparing import drawn, marks_of, planted_in, read_neutral
     from moesteer.report.detectors_page import cost_line, detectors_page
     from moesteer.report.progress import counted_progress
     from moesteer.report.terminal import print_text
 
     chat_options = parse_chat_options(options.chat_option or [])
-    read = evenly(read_pairs(pairs), pairs_used)
-    others = {name: evenly(read_pairs(name), pairs_used) for name in beside or []}
-    texts = evenly(read_neutral(neutral), pairs_used) if neutral else []
+    read = drawn(read_pairs(pairs), pairs_used)
+    others = {name: drawn(read_pairs(name), pairs_used) for name in beside or []}
+    texts = drawn(read_neutral(neutral), pairs_used) if neutral else []
     engine = load_engine(model, options)
     truth = planted_in(model, pairs)
     with counted_progress("detectors", "texts") as progress:

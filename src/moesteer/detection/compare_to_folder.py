@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moesteer.contrast import ContrastPair, pairs_hash
 from moesteer.detection.comparing import (
     DetectorComparison,
+    causal_profiles,
     compare_detectors,
     cost_of,
     measurement,
@@ -43,6 +44,9 @@ def compare_to_folder(
 ) -> DetectorComparison:
     """Compare all detectors on the pairs, which `source` names; without `out` nothing is kept.
 
+    The folder also gets a profile of each causal detector, `knock-out.safetensors` and so on, to
+    select experts by or to search with.
+
     `say` is told what it costs before it starts; for the rest see `compare_detectors`.
     """
     if seed < 0:
@@ -66,7 +70,7 @@ def compare_to_folder(
         "seed": seed,
     }
     with open_run(out, "detectors", settings, about(command)) if out else nullcontext() as run:
-        return compare_detectors(
+        result = compare_detectors(
             engine,
             pairs,
             measured,
@@ -78,3 +82,8 @@ def compare_to_folder(
             seed=seed,
             progress=progress,
         )
+        if run:
+            profiles = causal_profiles(result, source=source, command=command)
+            for name, profile in profiles.items():
+                profile.save(run.folder / f"{name}.safetensors")
+    return result

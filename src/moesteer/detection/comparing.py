@@ -8,8 +8,9 @@ response"). Where experts were planted, as in the testbed, it is also seen who f
 """
 
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,13 +21,13 @@ from moesteer.contrast import ContrastPair, Conversation, Message, Span
 from moesteer.detection.decision import Over, pair_readouts, side_readout
 from moesteer.detection.detect import detect, existing_experts
 from moesteer.detection.detectors import DETECTORS
-from moesteer.detection.effects import effect_scores
+from moesteer.detection.effects import INTERVAL, effect_scores
 from moesteer.detection.gate_gradient import gate_gradient
 from moesteer.detection.knocking import Cost, knock, knocking_cost
 from moesteer.detection.significance import false_discovery_rate
 from moesteer.errors import MoesteerError
 from moesteer.files import write_text
-from moesteer.profile import Expert, LayerShape, Scores
+from moesteer.profile import Expert, LayerShape, Profile, Scores
 from moesteer.records import Record, Text, check_record, read_records
 
 if TYPE_CHECKING:
@@ -72,10 +73,12 @@ class Recovery:
 class DetectorComparison:
     """Scores of every detector, and what came of comparing them.
 
-    `entered` marks the experts that were knocked out and in; `beside` holds mean changes of other
-    readouts in nats, [0] knocked out and [1] knocked in.
+    `counted` is what counting found first, whose model and data are those of all; `entered` marks
+    the experts that were knocked out and in; `beside` holds mean changes of other readouts in nats,
+    [0] knocked out and [1] knocked in.
     """
 
+    counted: Profile
     layers: tuple[LayerShape, ...]
     pairs: int
     over: Over
@@ -145,10 +148,11 @@ def compare_detectors(
     knocking is taken up where it was, and the result written to its folder.
     """
     shapes = engine.facts.layers
-    scores = {
-        name: _checked(detect(engine, pairs, name, chat_options=chat_options, seed=seed).scores)
+    profiles = {
+        name: detect(engine, pairs, name, chat_options=chat_options, seed=seed)
         for name in DETECTORS
     }
+    scores = {name: _checked(profile.scores) for name, profile in profiles.items()}
     first = next(iter(scores.values()))
     rates, exists = np.stack([first.rate_a, first.rate_b]), existing_experts(shapes)
     gradients = gate_gradient(engine, measured.readouts)
@@ -163,6 +167,7 @@ def compare_detectors(
     scores = causal | scores
     strongest = min(len(truth.planted) if truth else STRONGEST, int(entered.sum()))
     result = DetectorComparison(
+        next(iter(profiles.values())),
         shapes,
         len(pairs),
         over,
@@ -177,6 +182,32 @@ def compare_detectors(
         text = json.dumps(as_json(result), ensure_ascii=False, indent=1)
         write_text(run.folder / "summary.json", text + "\n")
     return result
+
+
+def causal_profiles(
+    result: DetectorComparison, *, source: str, command: str = ""
+) -> dict[str, Profile]:
+    """The scores of knock-out, knock-in and gate gradient as profiles, to select experts by."""
+    counted = result.counted
+    assert counted.evidence is not None
+    read = {"decision": "the token where the sides part", "span": "the whole targets"}[result.over]
+    evidence = replace(
+        counted.evidence,
+        counted=None,
+        source=source,
+        interval=f"{INTERVAL}; read: {read}",
+        stability=None,
+        command=command,
+    )
+    return {
+        name: replace(
+            counted,
+            evidence=replace(evidence, detector=name),
+            scores=result.scores[name],
+            name=f"{name} on {source}",
+        )
+        for name in (KNOCK_OUT, KNOCK_IN, GRADIENT)
+    }
 
 
 def larger(out: Scores, into: Scores, entered: Bool[np.ndarray, "layer expert"]) -> Scores:
@@ -261,16 +292,18 @@ def cost_of(engine: "Engine", measured: Measurement, into: int | None) -> Cost:
     return knocking_cost(engine.facts.layers, measured.readouts, measured.beside, into)
 
 
-def evenly(pairs: Sequence[ContrastPair], number: int | None) -> list[ContrastPair]:
-    """`number` of the pairs, evenly spaced; all without one or where there are no more.
+def drawn(pairs: Sequence[ContrastPair], number: int | None) -> list[ContrastPair]:
+    """`number` of the pairs at random, always the same; all without one or where there are no more.
 
+    At random, because pairs in a file often take turns: every fourth may be all of one kind.
     Raises MoesteerError for a number below 1.
     """
     if number is not None and number < 1:
         raise MoesteerError(f"{number} pairs are to be used; give at least 1.")
     if number is None or number >= len(pairs):
         return list(pairs)
-    return [pairs[i * len(pairs) // number] for i in range(number)]
+    chosen = sorted(random.Random(0).sample(range(len(pairs)), number))
+    return [pairs[i] for i in chosen]
 
 
 def read_neutral(source: str) -> list[ContrastPair]:

@@ -17,6 +17,8 @@ from moesteer.detection.significance import (
 )
 from moesteer.profile import Scores
 
+INTERVAL = f"{LEVEL:.0%} percentile bootstrap over pairs, {RESAMPLES} resamples"
+
 
 def effect_scores(
     effects: Float[np.ndarray, "pair layer expert"],

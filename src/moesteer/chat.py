@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesteer.contrast import ContrastPair, Conversation, Message, located
 from moesteer.errors import MoesteerError
+from moesteer.options import parse_options
 from moesteer.records import first_line, shorten
 
 if TYPE_CHECKING:
@@ -30,26 +31,7 @@ NO_OPTIONS: Mapping[str, object] = MappingProxyType({})
 
 def parse_chat_options(pairs: Sequence[str]) -> dict[str, bool | int | float | str]:
     """KEY=VALUE texts as options of a chat template: true, false and numbers get their type."""
-    options: dict[str, bool | int | float | str] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not (equals and key.isidentifier()):
-            raise MoesteerError(
-                f"chat option {pair!r} is not KEY=VALUE, like enable_thinking=false"
-            )
-        options[key] = _typed(text)
-    return options
-
-
-def _typed(text: str) -> bool | int | float | str:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text
+    return parse_options(pairs, "chat option", "enable_thinking=false")
 
 
 @dataclass(frozen=True)

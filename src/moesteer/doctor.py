@@ -8,18 +8,13 @@ replaced blocks show only on the real weights: `load=True`.
 
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedConfig
 
+from moesteer.engines.checkpoint import read_config, resolve, without_weights
 from moesteer.engines.routers import find_routers
 from moesteer.engines.steering import checked_layers
 from moesteer.engines.tiny import tiny_model
-from moesteer.engines.transformers_engine import (
-    from_config,
-    load_transformers,
-    read_config,
-    resolve,
-)
+from moesteer.engines.transformers_engine import load_transformers
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "moe_top_k", "top_k")
@@ -49,7 +44,7 @@ def examine(model: str, *, load: bool = False, revision: str | None = None) -> E
         found, numbers = engine.layers, tuple(layer.layer for layer in engine.layers)
         tested_on = "the loaded weights"
     else:
-        numbers = _routed_layers(config)
+        numbers = tuple(router.layer for router in find_routers(without_weights(config)))
         found = checked_layers(tiny_model(config))
         tested_on = "a tiny random model of this architecture"
     return Examination(
@@ -62,17 +57,6 @@ def examine(model: str, *, load: bool = False, revision: str | None = None) -> E
         tested_on=tested_on,
         quantised=_method(quantised),
     )
-
-
-def _routed_layers(config: PreTrainedConfig) -> tuple[int, ...]:
-    """The real model's routed layers, built without weights."""
-    bare = config
-    if hasattr(config, "quantization_config"):
-        values = config.to_dict()
-        values.pop("quantization_config")
-        bare = type(config)(**values)
-    with torch.device("meta"):
-        return tuple(router.layer for router in find_routers(from_config(bare)))
 
 
 def _entry(config: PreTrainedConfig, names: tuple[str, ...]) -> int | None:

@@ -12,14 +12,15 @@ from pydantic import ConfigDict, Field
 
 from moesteer.chat import parse_chat_options, render_prompt
 from moesteer.contrast import Message, Turn
-from moesteer.engines.base import summed
+from moesteer.engines.evidence import summed
 from moesteer.errors import MoesteerError
 from moesteer.files import growing_lines
 from moesteer.profile import Profile
 from moesteer.records import Record, Text, check_record, check_text, read_records, read_text
 
 if TYPE_CHECKING:
-    from moesteer.engines.base import Engine, LayerEvidence
+    from moesteer.engines.base import Engine
+    from moesteer.engines.evidence import LayerEvidence
 
 GROUP = 8
 """Batches that are asked, and written, together."""

@@ -9,6 +9,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
@@ -164,6 +165,17 @@ class Profile:
     @property
     def steered_layers(self) -> tuple[int, ...]:
         return tuple(sorted({layer for layer, _ in (*self.activated, *self.deactivated)}))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that are equal exactly where two profiles do the same to a model."""
+        does = {
+            "activated": sorted(self.activated),
+            "deactivated": sorted(self.deactivated),
+            "rule": self.rule,
+            "dose": self.dose,
+        }
+        return sha256(json.dumps(does).encode()).hexdigest()[:16]
 
     def made_by(self, command: str) -> "Profile":
         """The same, with one more command in the line of those that made it."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moesteer.engines.base import LayerEvidence
+from moesteer.engines.evidence import LayerEvidence
 from moesteer.engines.routers import MoELayer
 from moesteer.engines.seam import Rows, SteeredLayer
 from moesteer.engines.steering import checked_layers, steer

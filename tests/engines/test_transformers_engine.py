@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from moesteer.chat import TokenisedConversation, render_prompt
 from moesteer.contrast import Message
-from moesteer.engines.base import Counted, LayerEvidence, summed
+from moesteer.engines.base import Counted
+from moesteer.engines.evidence import LayerEvidence, summed
 from moesteer.engines.steering import steer
 from moesteer.engines.tiny import tiny_model
 from moesteer.engines.transformers_engine import TransformersEngine, load_transformers

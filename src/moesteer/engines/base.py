@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from jaxtyping import Float, Num
 
+from moesteer.engines.evidence import LayerEvidence
+
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
@@ -38,24 +40,6 @@ class Readout:
 
     ids: tuple[int, ...]
     terms: tuple[Term, ...]
-
-
-@dataclass(frozen=True)
-class LayerEvidence:
-    """What one profile did in one layer: how many of its tokens selected each steered expert."""
-
-    profile: str
-    layer: int
-    tokens: int
-    activated: dict[int, int]
-    deactivated: dict[int, int]
-
-    @property
-    def obeyed(self) -> bool:
-        """Each activated expert selected by all tokens, each deactivated one by none."""
-        return all(n == self.tokens for n in self.activated.values()) and not any(
-            self.deactivated.values()
-        )
 
 
 @dataclass(frozen=True)
@@ -139,21 +123,3 @@ class Engine(Protocol):
         is in the target.
         """
         ...
-
-
-def summed(evidence: Sequence[LayerEvidence]) -> list[LayerEvidence]:
-    """Evidence of several batches, added up by profile and layer; profiles may share a name."""
-    total: dict[tuple, LayerEvidence] = {}
-    for seen in evidence:
-        key = (seen.profile, seen.layer, tuple(seen.activated), tuple(seen.deactivated))
-        before = total.get(key)
-        if before is not None:
-            seen = LayerEvidence(
-                seen.profile,
-                seen.layer,
-                seen.tokens + before.tokens,
-                {e: n + before.activated[e] for e, n in seen.activated.items()},
-                {e: n + before.deactivated[e] for e, n in seen.deactivated.items()},
-            )
-        total[key] = seen
-    return list(total.values())

@@ -234,14 +234,11 @@ def batches(
 
 def most_terms(model: PreTrainedModel) -> int:
     """How many positions' logits a batch may hold."""
-    return max(2, BATCH_LOGITS // _vocabulary(model))
+    return max(2, BATCH_LOGITS // vocabulary_of(model))
 
 
-def check_readouts(
-    readouts: Sequence[Readout], model: PreTrainedModel, longest: int | None
-) -> None:
+def check_readouts(readouts: Sequence[Readout], vocabulary: int, longest: int | None) -> None:
     """Raise MoesteerError, with its number, at the first readout that can't be read."""
-    vocabulary = _vocabulary(model)
     for number, readout in enumerate(readouts, start=1):
         if longest is not None and len(readout.ids) > longest:
             raise MoesteerError(
@@ -262,7 +259,8 @@ def check_readouts(
             )
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many words the model's embedding has."""
     return model.get_input_embeddings().num_embeddings  # pyright: ignore
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from moesteer.engines.evidence import is_guarded
 from moesteer.engines.routers import (
     LINEAR_MAPS,
     TOP_K,
@@ -325,11 +326,6 @@ def _straight(layer: MoELayer) -> StraightRouter | None:
         except ValueError:
             _STRAIGHT[layer] = None
     return _STRAIGHT[layer]
-
-
-def is_guarded(profile: Profile) -> bool:
-    """Whether a profile promises the selection itself: the exact rule at full dose."""
-    return profile.rule == "exact" and profile.dose == 1
 
 
 def _mask(experts: list[int], table: Tensor) -> Bool[Tensor, " expert"]:

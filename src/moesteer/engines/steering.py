@@ -15,9 +15,9 @@ from typing import Self
 import torch
 from transformers import PreTrainedModel
 
-from moesteer.engines.base import LayerEvidence
+from moesteer.engines.evidence import LayerEvidence, check_fired
 from moesteer.engines.routers import MoELayer, describe, forward_dummy, trace_layers
-from moesteer.engines.seam import Rows, SelectionCounts, SteeredLayer, Undo, is_guarded, observe
+from moesteer.engines.seam import Rows, SelectionCounts, SteeredLayer, Undo, observe
 from moesteer.errors import DidNotFire, MoesteerError
 from moesteer.profile import Expert, LayerShape, Profile, check_fits
 
@@ -107,20 +107,9 @@ class Steering:
         return found
 
     def check(self) -> None:
-        """Raise DidNotFire unless each profile is proved to have steered.
-
-        The exact rule at full dose promises the selection, so each token must have obeyed. The
-        paper's rule and a partial dose promise less: there, tokens must have passed.
-        """
+        """Raise DidNotFire unless each profile is proved to have steered (`check_fired`)."""
         for profile, seen in self._seen():
-            where = f"{seen.profile} did not fire in layer {seen.layer}"
-            if not seen.tokens:
-                raise DidNotFire(
-                    f"{where}: no token passed its router while it was applied. Run the model"
-                    " inside the block, and compile it after steering, not before."
-                )
-            if is_guarded(profile) and not seen.obeyed:
-                raise DidNotFire(f"{where}: {_disobeyed(seen)}")
+            check_fired(profile, [seen])
 
     def remove(self) -> None:
         """Restore the model exactly, then `check` what was done."""
@@ -220,19 +209,6 @@ def count_dummy_selections(
         for restore in undo:
             restore()
     return counts
-
-
-def _disobeyed(seen: LayerEvidence) -> str:
-    missing = [e for e, n in seen.activated.items() if n < seen.tokens]
-    present = [e for e, n in seen.deactivated.items() if n]
-    parts = [
-        f"activated expert {e} was selected by {seen.activated[e]} of {seen.tokens} tokens"
-        for e in missing
-    ] + [
-        f"deactivated expert {e} was still selected by {seen.deactivated[e]} of {seen.tokens}"
-        for e in present
-    ]
-    return "; ".join(parts) + "."
 
 
 def _shares(selected: dict[int, int], tokens: int) -> str:

@@ -1,50 +1,43 @@
 """The transformers engine: any MoE causal LM that `AutoModelForCausalLM` can load."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from moesteer import testbed
 from moesteer.chat import TokenisedConversation
-from moesteer.engines.base import Counted, Generation, LayerEvidence, Readout, summed
+from moesteer.engines.base import Counted, Generation, Readout
+from moesteer.engines.checkpoint import (
+    commit_of,
+    read_config,
+    read_tokenizer,
+    resolve,
+    without_weights,
+)
+from moesteer.engines.evidence import LayerEvidence, summed
+from moesteer.engines.facts import facts_of_model
 from moesteer.engines.gates import gate_gradients
-from moesteer.engines.readouts import check_readouts, divergence, mean_log_probability, padded, read
+from moesteer.engines.prompts import check_lengths, one_each
+from moesteer.engines.readouts import (
+    check_readouts,
+    divergence,
+    mean_log_probability,
+    padded,
+    read,
+    vocabulary_of,
+)
 from moesteer.engines.replay import Replay
 from moesteer.engines.routers import MoELayer, find_routers, input_device
 from moesteer.engines.seam import ProbabilitySums, SelectionCounts, observe, observe_logits
-from moesteer.engines.steering import UNSTEERED, checked_layers, layer_shapes, steer
+from moesteer.engines.steering import UNSTEERED, checked_layers, steer
 from moesteer.errors import MoesteerError
-from moesteer.profile import ModelFacts, Profile, check_model
+from moesteer.profile import Profile, check_model
 from moesteer.records import first_line
-
-HASHED_CONFIG = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
-"""The config entries that make two models the same for a profile. Not the whole config: each
-version of transformers writes other defaults into it."""
 
 
 class TransformersEngine:
@@ -61,7 +54,9 @@ class TransformersEngine:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.layers: list[MoELayer] = checked_layers(model)
-        self.facts = _facts(model, tokenizer, self.layers, id or str(model.name_or_path), revision)
+        self.facts = facts_of_model(
+            model, tokenizer, self.layers, id=id or str(model.name_or_path), revision=revision
+        )
         self._replay = Replay(model, self.layers)
         self.max_tokens: int | None = getattr(
             model.config.get_text_config(), "max_position_embeddings", None
@@ -102,11 +97,11 @@ class TransformersEngine:
         progress: Callable[[int], None] | None = None,
     ) -> Generation:
         """See `Engine.generate`. Prompts of similar length share a left-padded batch."""
-        by_prompt = _one_each(profiles, len(prompts))
+        by_prompt = one_each(profiles, len(prompts))
         for profile in {id(p): p for p in by_prompt if p is not None}.values():
             check_model(profile, self.facts)
         encoded = [self.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
-        self._check_lengths(encoded, max_new_tokens)
+        check_lengths(encoded, max_new_tokens, self.max_tokens)
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         replies = [""] * len(prompts)
         evidence: list[LayerEvidence] = []
@@ -154,7 +149,7 @@ class TransformersEngine:
 
     def _check(self, readouts: Sequence[Readout], profiles: Sequence[Profile | None] = ()) -> None:
         """Refuse what can't be read, and profiles of other models."""
-        check_readouts(readouts, self.model, self.max_tokens)
+        check_readouts(readouts, vocabulary_of(self.model), self.max_tokens)
         for profile in {id(p): p for p in profiles if p is not None}.values():
             check_model(profile, self.facts)
 
@@ -189,16 +184,6 @@ class TransformersEngine:
         replies = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         return replies, fired.evidence()
 
-    def _check_lengths(self, encoded: list[list[int]], max_new_tokens: int) -> None:
-        for number, ids in enumerate(encoded, start=1):
-            if not ids:
-                raise MoesteerError(f"prompt {number} is empty.")
-            if self.max_tokens is not None and len(ids) + max_new_tokens > self.max_tokens:
-                raise MoesteerError(
-                    f"prompt {number} has {len(ids)} tokens; with {max_new_tokens} new ones that is"
-                    f" over the model's context of {self.max_tokens}. Shorten it, or ask for fewer."
-                )
-
 
 def load_transformers(
     model: str,
@@ -214,136 +199,21 @@ def load_transformers(
     refused before anything large is loaded. Raises MoesteerError where it can't be used.
     """
     path = resolve(model)
-    config = read_config(path, revision)
-    with torch.device("meta"):
-        find_routers(from_config(config))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-    except Exception as error:  # whatever transformers says of other people's files
-        raise MoesteerError(
-            f"{model} has no tokenizer that transformers can load: {first_line(error)}"
-        ) from error
+    find_routers(without_weights(read_config(path, revision)))
+    tokenizer = read_tokenizer(path, revision, chat_template)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, device_map=device_map or _default_device()
         )
     except Exception as error:
         raise MoesteerError(f"{model} can't be loaded: {first_line(error)}") from error
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    return TransformersEngine(loaded, tokenizer, id=model, revision=revision)
-
-
-BUNDLED = {"testbed": "planted", "testbed-twin": "twin"}
-"""Names of the models that come with moesteer."""
-
-
-def resolve(model: str) -> str:
-    """The folder of a bundled model, or the name as it is."""
-    return str(testbed.model_path(BUNDLED[model])) if model in BUNDLED else model
-
-
-def read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
-    """A model's config alone; MoesteerError where there is none or its architecture is unknown."""
-    looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
-    if looks_local and not (Path(path) / "config.json").is_file():
-        raise MoesteerError(f"{path} holds no model: there is no {Path(path) / 'config.json'}.")
-    if looks_local and revision is not None:
-        raise MoesteerError(f"{path} is a folder, which has no revisions; leave out --revision.")
-    try:
-        return AutoConfig.from_pretrained(path, revision=revision)
-    except Exception as error:  # whatever transformers says of other people's files
-        raise MoesteerError(f"{path} can't be read as a model: {first_line(error)}") from error
-
-
-def from_config(config: PreTrainedConfig) -> PreTrainedModel:
-    """A causal LM built from its config alone; MoesteerError where there is no such class."""
-    try:
-        return AutoModelForCausalLM.from_config(config)
-    except ValueError:  # its message lists every class there is
-        raise MoesteerError(
-            f"model type {config.model_type} is not a causal LM of the installed transformers;"
-            " give a model that generates text."
-        ) from None
+    named = revision or commit_of(path)
+    return TransformersEngine(loaded, tokenizer, id=model, revision=named)
 
 
 def _default_device() -> str | None:
     """Spread over the GPUs there are; without one, plain loading, which needs no accelerate."""
     return "auto" if torch.cuda.is_available() else None
-
-
-def _facts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    layers: list[MoELayer],
-    id: str,
-    revision: str | None,
-) -> ModelFacts:
-    config = model.config.get_text_config()
-    shapes = layer_shapes(layers)
-    entries = {key: _entry(config, key) for key in HASHED_CONFIG}
-    entries["layers"] = [[s.layer, s.experts, s.top_k] for s in shapes]
-    words = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return ModelFacts(
-        id=id,
-        revision=revision or getattr(model.config, "_commit_hash", None),
-        model_type=config.model_type,
-        config_hash=_hash(json.dumps(entries, sort_keys=True)),
-        tokenizer_hash=_hash(words + str(tokenizer.chat_template)),
-        family="; ".join(dict.fromkeys(layer.family for layer in layers)),
-        layers=shapes,
-        router_norms=_norms(layers, _router_square),
-        layer_norms=_norms(layers, lambda layer: _rest_square(model, layer)),
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
-
-
-def _entry(config: PreTrainedConfig, key: str) -> object:
-    """A config's entry; None where it has none, or another one for each layer."""
-    try:
-        return getattr(config, key, None)
-    except Exception:  # configs of unequal layers refuse to name one value for all
-        return None
-
-
-def _norms(layers: list[MoELayer], square: Callable[[MoELayer], float | None]) -> tuple[float, ...]:
-    """The root of each layer's `square`; none at all where some weights are offloaded."""
-    squares = [square(layer) for layer in layers]
-    return tuple(s**0.5 for s in squares if s is not None) if None not in squares else ()
-
-
-def _router_square(layer: MoELayer) -> float | None:
-    """Sum of squares of a router's weights, rows weighted from 1 to 2 along the experts."""
-    total = 0.0
-    for weight in layer.module.parameters():
-        if weight.is_meta:
-            return None
-        rows = torch.linspace(1, 2, weight.shape[0] if weight.dim() else 1, dtype=torch.float64)
-        squares = weight.detach().double().cpu().square().flatten(1 if weight.dim() > 1 else 0)
-        total += float((squares.sum(-1) * rows).sum() if weight.dim() > 1 else squares.sum())
-    return total
-
-
-def _rest_square(model: PreTrainedModel, layer: MoELayer) -> float | None:
-    """Sum of squares of the decoder layer's other floating-point weights.
-
-    Of tensors that stack all experts only the first expert counts: enough to tell, and quick.
-    """
-    number = layer.name.split(".").index(str(layer.layer))
-    decoder_layer = model.get_submodule(".".join(layer.name.split(".")[: number + 1]))
-    routers = {id(weight) for weight in layer.module.parameters()}
-    total = 0.0
-    for weight in decoder_layer.parameters():
-        if weight.is_meta:
-            return None
-        if id(weight) not in routers and weight.is_floating_point():
-            part = weight[0] if weight.dim() > 2 else weight
-            total += float(part.detach().double().square().sum())
-    return total
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _count(
@@ -364,16 +234,6 @@ def _count(
 
     stack.callback(observe(layer, see))
     return counts
-
-
-def _one_each(
-    profiles: Profile | Sequence[Profile | None] | None, prompts: int
-) -> list[Profile | None]:
-    if profiles is None or isinstance(profiles, Profile):
-        return [profiles] * prompts
-    if len(profiles) != prompts:
-        raise MoesteerError(f"there are {prompts} prompts, but {len(profiles)} profiles.")
-    return list(profiles)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

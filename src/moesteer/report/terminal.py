@@ -10,7 +10,7 @@ from rich.text import Text
 
 from moesteer.detection.detectors import DETECTORS
 from moesteer.detection.selecting import experts_table, ranked_experts, scores_by_expert
-from moesteer.engines.base import LayerEvidence
+from moesteer.engines.evidence import LayerEvidence
 from moesteer.profile import Evidence, Expert, Profile
 
 if TYPE_CHECKING:

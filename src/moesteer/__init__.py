@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moesteer.engines.steering import Steering, steer
     from moesteer.engines.transformers_engine import TransformersEngine
     from moesteer.engines.transformers_engine import load_transformers as load
+    from moesteer.engines.vllm_engine import VllmEngine, load_vllm
     from moesteer.evaluation.cards import read_card
     from moesteer.evaluation.controls import random_control
     from moesteer.evaluation.evaluate import evaluate
@@ -38,6 +39,8 @@ _HOME = {
     "steer": "moesteer.engines.steering:steer",
     "TransformersEngine": "moesteer.engines.transformers_engine:TransformersEngine",
     "load": "moesteer.engines.transformers_engine:load_transformers",
+    "VllmEngine": "moesteer.engines.vllm_engine:VllmEngine",
+    "load_vllm": "moesteer.engines.vllm_engine:load_vllm",
     "read_card": "moesteer.evaluation.cards:read_card",
     "evaluate": "moesteer.evaluation.evaluate:evaluate",
     "search": "moesteer.evaluation.search:search",
@@ -53,11 +56,13 @@ __all__ = [
     "Profile",
     "Steering",
     "TransformersEngine",
+    "VllmEngine",
     "__version__",
     "combine",
     "detect",
     "evaluate",
     "load",
+    "load_vllm",
     "random_control",
     "read_card",
     "read_pairs",

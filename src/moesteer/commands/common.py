@@ -1,5 +1,6 @@
 """What commands share: the options of a model, its loading, and the checks before work starts."""
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from moesteer.engines.transformers_engine import TransformersEngine
+    from moesteer.engines.base import Engine
     from moesteer.profile import Profile
 
 
@@ -17,12 +18,17 @@ class ModelOptions:
 
     Parameters
     ----------
+    engine
+        transformers, or vllm (to be installed with moesteer[vllm]).
+    engine_option
+        KEY=VALUE for vLLM, one of its engine arguments, e.g. tensor_parallel_size=2. May be
+        repeated.
     revision
         Branch, tag or commit of the model.
     dtype
         auto, float32, bfloat16 or float16.
     device
-        Device map for loading: auto, cpu, cuda:0, …
+        Device map for loading in transformers: auto, cpu, cuda:0, …
     chat_template
         A file with a chat template, for models without one.
     chat_option
@@ -30,6 +36,8 @@ class ModelOptions:
         own options hold otherwise.
     """
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+    engine_option: list[str] | None = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None
@@ -40,21 +48,54 @@ class ModelOptions:
 DEFAULT = ModelOptions()
 
 
-def load_engine(model: str, options: ModelOptions = DEFAULT) -> "TransformersEngine":
+def load_engine(model: str, options: ModelOptions = DEFAULT) -> "Engine":
+    """The model in the engine that was asked for; MoesteerError where an option is another's."""
+    from moesteer.errors import MoesteerError
+    from moesteer.options import parse_options
+    from moesteer.records import read_text
+
+    template = options.chat_template
+    read = None if template is None else read_text(Path(template))
+    if options.engine == "vllm":
+        if options.device is not None:
+            raise MoesteerError("--device is for transformers; vLLM chooses its devices itself.")
+        given = parse_options(
+            options.engine_option or [], "engine option", "tensor_parallel_size=2"
+        )
+        return _load_vllm(model, options, read, given)
+    if options.engine_option:
+        raise MoesteerError("--engine-option is for --engine vllm.")
     from transformers.utils.logging import disable_progress_bar
 
     from moesteer.engines.transformers_engine import load_transformers
-    from moesteer.records import read_text
 
     if not sys.stderr.isatty():
         disable_progress_bar()
-    template = options.chat_template
     return load_transformers(
         model,
         revision=options.revision,
         dtype=options.dtype,
         device_map=options.device,
-        chat_template=None if template is None else read_text(Path(template)),
+        chat_template=read,
+    )
+
+
+def _load_vllm(
+    model: str, options: ModelOptions, chat_template: str | None, given: dict
+) -> "Engine":
+    # Of what vLLM and torch report on their way, only problems; their processes inherit it.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_LOGS", "-all")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    from moesteer.engines.vllm_engine import load_vllm
+
+    return load_vllm(
+        model,
+        revision=options.revision,
+        dtype=options.dtype,
+        chat_template=chat_template,
+        options=given,
     )
 
 

@@ -51,10 +51,13 @@ def detectors(
     from moesteer.contrast import read_pairs
     from moesteer.detection.compare_to_folder import compare_to_folder
     from moesteer.detection.comparing import drawn, marks_of, planted_in, read_neutral
+    from moesteer.errors import MoesteerError
     from moesteer.report.detectors_page import cost_line, detectors_page
     from moesteer.report.progress import counted_progress
     from moesteer.report.terminal import print_text
 
+    if options.engine != "transformers":
+        raise MoesteerError("detectors needs gradients, which only --engine transformers has.")
     chat_options = parse_chat_options(options.chat_option or [])
     read = drawn(read_pairs(pairs), pairs_used)
     others = {name: drawn(read_pairs(name), pairs_used) for name in beside or []}

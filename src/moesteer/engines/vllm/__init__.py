@@ -1,0 +1,86 @@
+"""moesteer inside vLLM: what steers and counts in its processes, and profiles for a plain `LLM`.
+
+    llm = vllm.LLM("allenai/OLMoE-1B-7B-0924-Instruct")
+    load_profile(llm, "polite", "polite.safetensors")
+    llm.generate(prompts, SamplingParams(extra_args={"moesteer": "polite"}))
+    print(*evidence(llm, "polite"), sep="\\n")
+
+Requests name a profile or none, several in one batch. Loading a name anew replaces it for later
+requests; those that run go on with the profile they began with.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesteer.errors import MoesteerError
+
+if TYPE_CHECKING:
+    from moesteer.engines.evidence import LayerEvidence
+    from moesteer.engines.vllm.names import Names
+    from moesteer.profile import Profile
+
+
+def load_profile(llm: Any, name: str, profile: "Profile | str | Path") -> None:
+    """Make a profile (or its file) known to a `vllm.LLM` under a name.
+
+    Raises MoesteerError where the engine can't be steered, or the profile does not fit its model.
+    """
+    from moesteer.engines.facts import facts_of_checkpoint
+    from moesteer.profile import Profile, check_model
+
+    config = llm.llm_engine.model_config
+    loaded = profile if isinstance(profile, Profile) else Profile.load(profile)
+    check_model(loaded, facts_of_checkpoint(config.model, revision=config.revision))
+    send_profile(llm, loaded)
+    names_of(llm).add(name, loaded)
+
+
+def remove_profile(llm: Any, name: str) -> None:
+    """Forget a name: later requests for it are refused."""
+    _known(llm, name)
+    names_of(llm).remove(name)
+
+
+def profiles(llm: Any) -> "dict[str, Profile]":
+    """The profiles that requests may name."""
+    return dict(names_of(llm).profiles)
+
+
+def evidence(llm: Any, name: str) -> "list[LayerEvidence]":
+    """What a profile did since it was loaded, or since this was last asked."""
+    from moesteer.engines.vllm.collected import evidence_of, merged
+
+    profile = _known(llm, name)
+    by_worker = llm.collective_rpc("moesteer_collect", args=([profile.fingerprint],))
+    return evidence_of(profile, *merged(by_worker, profile.fingerprint))
+
+
+def send_profile(llm: Any, profile: "Profile") -> None:
+    """Make a profile known to the workers; MoesteerError where they can't steer."""
+    from moesteer.engines.vllm.payload import payload_of
+
+    check_plugin(llm)
+    for refused in llm.collective_rpc("moesteer_load", args=(payload_of(profile),)):
+        if refused is not None:
+            raise MoesteerError(f"this engine can't take the profile: {refused}")
+
+
+def names_of(llm: Any) -> "Names":
+    """The frontend's names; MoesteerError where the plugin is not in this engine."""
+    check_plugin(llm)
+    return llm.llm_engine.input_processor.moesteer
+
+
+def check_plugin(llm: Any) -> None:
+    if not hasattr(llm.llm_engine.input_processor, "moesteer"):
+        raise MoesteerError(
+            "moesteer's plugin is not loaded in this engine: MOESTEER_DISABLE is set, VLLM_PLUGINS"
+            " leaves it out, or this version of vLLM is not supported."
+        )
+
+
+def _known(llm: Any, name: str) -> "Profile":
+    loaded = names_of(llm).profiles
+    if name not in loaded:
+        raise MoesteerError(f"no profile is named {name!r}; loaded: {', '.join(loaded) or 'none'}.")
+    return loaded[name]

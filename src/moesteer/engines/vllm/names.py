@@ -1,0 +1,105 @@
+"""In the frontend: from the name in a request to the profile it means.
+
+A request names a profile in `SamplingParams.extra_args["moesteer"]`. Here, before it leaves for the
+engine core, the name is looked up and replaced by the profile's fingerprint, and the prefix cache
+is told apart: blocks computed under one profile must not serve another. So a request goes on with
+the profile that it began with, whatever its name comes to mean later.
+"""
+
+from typing import Any
+
+from moesteer.engines.vllm.settings import KEY, settings_of
+from moesteer.profile import Profile
+
+EVIDENCE_KEY = "moesteer_key"
+COUNT = "moesteer_count"
+KEEP = "moesteer_keep"
+SHOWN_NAMES = 20
+SHOWN_LETTERS = 64
+
+
+class Names:
+    """The profiles that requests of one frontend may name.
+
+    `measuring` is for the process that owns the engine: only then may requests have routing counted
+    and hidden states kept, which take memory until they are fetched.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[str, str] = {}
+        self.profiles: dict[str, Profile] = {}
+        self.measuring = False
+
+    @classmethod
+    def at_start(cls, vllm_config: Any) -> "Names":
+        """Those that the engine was started with."""
+        names = cls()
+        for name, path in settings_of(vllm_config).profiles.items():
+            names.add(name, Profile.load(path))
+        return names
+
+    def add(self, name: str, profile: Profile) -> None:
+        self.known[name] = profile.fingerprint
+        self.profiles[name] = profile
+
+    def remove(self, name: str) -> None:
+        del self.known[name], self.profiles[name]
+
+    def resolve(self, request: Any) -> None:
+        """Put the profile's fingerprint in the place of its name; ValueError if there is none.
+
+        `request` is vLLM's EngineCoreRequest, with sampling parameters of its own.
+        """
+        params = request.sampling_params
+        if params is None:
+            return
+        extra = dict(params.extra_args or {})
+        ours = {key: extra.pop(key) for key in list(extra) if key.startswith(KEY)}
+        if not ours:
+            return
+        allowed = {KEY, EVIDENCE_KEY} | ({COUNT, KEEP} if self.measuring else set())
+        unknown = sorted(set(ours) - allowed)
+        if unknown:
+            raise _invalid(f"extra argument {_short(unknown[0])} is not known", KEY)
+        name, key, count = (ours.get(k) for k in (KEY, EVIDENCE_KEY, COUNT))
+        keep = ours.get(KEEP, [])
+        fingerprint = None if name is None else self._fingerprint(name)
+        if not isinstance(key, str | None):
+            raise _invalid(f"{EVIDENCE_KEY} must be a string", EVIDENCE_KEY)
+        if fingerprint is None and count is None and not keep:
+            params.extra_args = extra or None
+            return
+        extra[KEY] = {
+            "fingerprint": fingerprint,
+            "key": key or fingerprint or request.request_id,
+            "count": count,
+            "keep": keep,
+            "prompt": len(request.prompt_token_ids or ()),
+        }
+        params.extra_args = extra
+        if fingerprint is not None:
+            request.cache_salt = f"{KEY}:{fingerprint}:{request.cache_salt or ''}"
+
+    def _fingerprint(self, name: object) -> str:
+        if not isinstance(name, str):
+            raise _invalid(f"{KEY} must be the name of a loaded profile, a string", KEY)
+        if name not in self.known:
+            shown = ", ".join(list(self.known)[:SHOWN_NAMES])
+            more = f" and {len(self.known) - SHOWN_NAMES} more"
+            listed = shown + (more if len(self.known) > SHOWN_NAMES else "")
+            raise _invalid(
+                f"no profile is named {_short(name)}; "
+                + (f"known: {listed}" if listed else "none is loaded"),
+                KEY,
+            )
+        return self.known[name]
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= SHOWN_LETTERS else text[:SHOWN_LETTERS] + "…")
+
+
+def _invalid(message: str, parameter: str) -> Exception:
+    from vllm.exceptions import VLLMValidationError
+
+    return VLLMValidationError(f"moesteer: {message}.", parameter=parameter)

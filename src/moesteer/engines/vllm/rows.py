@@ -1,0 +1,343 @@
+"""Which request has which row of the tables, step by step.
+
+The worker learns of a request when it is first scheduled. A request that is steered or counted is
+given a row; its profile's masks are written there, and each step says by row which tokens are its.
+After the step, what the routers chose is added to the rows. Rows are folded into *results* under
+the request's key when they are asked for or when the request ends.
+
+A token is counted once, also where a preempted request runs through its prompt again.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesteer.engines.base import Counted
+from moesteer.engines.evidence import is_guarded
+from moesteer.engines.vllm.directions import Directed
+from moesteer.engines.vllm.payload import Intervention, intervention_from
+from moesteer.engines.vllm.readings import Readings
+from moesteer.engines.vllm.tables import Tables
+from moesteer.errors import MoesteerError
+from moesteer.profile import LayerShape, Profile
+
+KEPT_RESULTS = 1024
+"""Results that nobody asks for are dropped, the oldest first, beyond this many."""
+
+
+@dataclass
+class Request:
+    """A running request of ours: `row` None while it has none; `counted_to`: first token not yet
+    counted; `target`: positions that count, None for all; `keep`: positions whose
+    prediction is to be read; `prompt`: how many tokens the prompt has."""
+
+    key: str
+    prompt: int
+    does: Intervention | None
+    counted: Counted
+    target: np.ndarray | None
+    keep: tuple[int, ...] = ()
+    row: int | None = None
+    counted_to: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one step ran of a request: its positions `start` … `end`, from `offset` in the batch."""
+
+    request: Request
+    start: int
+    end: int
+    offset: int
+
+
+@dataclass
+class Result:
+    """What was counted under a key: tokens, by layer how many of them chose each expert, and how
+    many were changed at each site of a direction. On the device, so that nothing waits for it."""
+
+    tokens: Tensor
+    values: Tensor
+    passed: Tensor | None
+
+    def add(self, tokens: Tensor, values: Tensor, passed: Tensor | None) -> None:
+        self.tokens = self.tokens + tokens
+        self.values += values
+        if self.passed is not None and passed is not None:
+            self.passed += passed
+
+
+class Rows:
+    """The requests of one worker, and the tables they are written to."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        layers: Sequence[LayerShape],
+        readings: Readings,
+        directed: Directed | None,
+    ) -> None:
+        self.tables = tables
+        self.directed = directed
+        self.readings = readings
+        self.layers = list(layers)
+        self.known: dict[str, Intervention] = {}
+        self.requests: dict[str, Request | None] = {}
+        self.free = list(range(1, tables.tokens.shape[0]))
+        self.results: OrderedDict[str, Result] = OrderedDict()
+        self._filled = 0  # tokens of the tables that hold rows of the last step
+        self._step: list[Run] = []
+
+    def load(self, payload: dict[str, Any]) -> None:
+        """Know a profile from now on; that its experts exist is the frontend's to check.
+
+        Raises MoesteerError for directions that this engine has no place for.
+        """
+        loaded = intervention_from(payload)
+        if loaded.directions and self.directed is None:
+            raise MoesteerError(
+                "the engine was not started for directions; start it with additional_config="
+                '{"moesteer": {"directions": true}}.'
+            )
+        if self.directed is not None:
+            self.directed.check(loaded.directions)
+        self.known[loaded.fingerprint] = loaded
+
+    def forget(self, ended: Iterable[str]) -> None:
+        """Requests that have ended: what they counted is kept under their keys."""
+        for request_id in ended:
+            request = self.requests.pop(request_id, None)
+            if request is not None:
+                self._release(request)
+
+    def preempt(self, stopped: Iterable[str]) -> None:
+        """Requests that will run through their tokens again: they keep what was counted."""
+        for request_id in stopped:
+            request = self.requests.get(request_id)
+            if request is not None:
+                self._release(request)
+
+    def begin(
+        self,
+        request_ids: Sequence[str],
+        scheduled: np.ndarray,
+        computed: np.ndarray,
+        extra_args: Callable[[str], dict[str, Any] | None],
+    ) -> None:
+        """Say whose tokens the next step runs: `scheduled` of each request, after `computed`."""
+        for request_id in request_ids:
+            if request_id not in self.requests:
+                self.requests[request_id] = self._request(extra_args(request_id))
+        batch = [self.requests[request_id] for request_id in request_ids]
+        tables = self.tables
+        self._step = []
+        if not any(batch):
+            self._nothing_to_do()
+            return
+        total = int(scheduled.sum())
+        steering = np.zeros(max(total, self._filled), dtype=np.int64)
+        counting, directing = np.zeros_like(steering), np.zeros_like(steering)
+        ends = np.cumsum(scheduled)
+        running = {request.row for request in batch if request is not None}
+        for request, end, number, start in zip(batch, ends, scheduled, computed, strict=True):
+            if request is None:
+                continue
+            if request.row is None:
+                request.row = self._row(running)
+                running.add(request.row)
+                self._write(request.row, request.does)
+            tokens = slice(int(end - number), int(end))
+            steering[tokens] = request.row if request.does is not None else 0
+            positions = np.arange(start, start + number)
+            counting[tokens] = np.where(_to_count(request, positions), request.row, 0)
+            directing[tokens] = np.where(_in_window(request, positions), request.row, 0)
+            self._step.append(Run(request, int(start), int(start + number), int(end - number)))
+        self._filled = total
+        tables.steering_rows[: len(steering)].copy_(torch.from_numpy(steering))
+        tables.counting_rows[: len(counting)].copy_(torch.from_numpy(counting))
+        if self.directed is not None:
+            self.directed.rows[: len(directing)].copy_(torch.from_numpy(directing))
+        profiles = {r.does.fingerprint: r.does.experts for r in batch if r and r.does}.values()
+        numbers = {shape.layer: number for number, shape in enumerate(self.layers)}
+        tables.steered_layers = frozenset(
+            numbers[layer] for p in profiles for layer in p.steered_layers if layer in numbers
+        )
+        tables.any_paper = any(profile.rule == "paper" for profile in profiles)
+        tables.any_partial = any(profile.dose != 1 for profile in profiles)
+        tables.any_counted = bool(counting.any())
+        tables.any_probability = any(r.counted == "probability" for r in batch if r)
+
+    def after(self, hidden: Tensor | None) -> None:
+        """Count what the routers chose in the step that has just run, and keep what was asked for.
+
+        `hidden`: the final hidden states [token, hidden], where this worker has them.
+        """
+        tables, tokens = self.tables, self._filled
+        if not self._step:
+            return
+        if tables.any_counted:
+            rows = tables.counting_rows[:tokens]
+            chosen = tables.chosen[:, :tokens].long()
+            weights = tables.weights[:, :tokens]
+            counts = (weights != 0) & (chosen >= 0) & (rows.view(1, -1, 1) > 0)
+            if any(run.request.counted == "top-1" for run in self._step):
+                first = torch.zeros_like(counts)
+                first.scatter_(-1, weights.argmax(-1, keepdim=True), True)
+                counts &= first | ~self._top_1_rows()[rows].view(1, -1, 1)
+            number, experts = tables.selected.shape[1:]
+            counts &= chosen < experts
+            layer = torch.arange(number, device=rows.device).view(-1, 1, 1)
+            cell = (rows.view(1, -1, 1) * number + layer) * experts + chosen
+            cell = cell.where(counts, 0)  # row 0 is thrown away
+            ones = torch.ones(1, dtype=torch.int32, device=rows.device).expand(cell.numel())
+            tables.selected.view(-1).scatter_add_(0, cell.flatten(), ones)
+            tables.tokens.scatter_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
+        for run in self._step:
+            request = run.request
+            request.counted_to = max(request.counted_to, run.end)
+            if hidden is not None:
+                for position in request.keep:
+                    if run.start < position <= run.end:
+                        place = run.offset + position - 1 - run.start
+                        self.readings.keep(request.key, position, hidden[place])
+        self._step = []
+        # A rank that waits for others runs made-up tokens now, which must not be added up.
+        tables.any_probability = False
+        if self.directed is not None:
+            self.directed.rows[:tokens].zero_()
+
+    def collect(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """What was counted under each key, which is counted from zero after that."""
+        wanted = set(keys)
+        for request in self.requests.values():
+            if request is not None and request.key in wanted:
+                self._fold(request)
+        found = {}
+        for key in wanted & set(self.results):
+            result = self.results.pop(key)
+            values = result.values.tolist()
+            found[key] = {
+                "tokens": int(result.tokens),
+                "selected": {
+                    shape.layer: values[number][: shape.experts]
+                    for number, shape in enumerate(self.layers)
+                },
+                "directed": self._directed_tokens(result),
+            }
+        return found
+
+    def _request(self, extra_args: dict[str, Any] | None) -> Request | None:
+        ours = (extra_args or {}).get("moesteer")
+        if not isinstance(ours, dict):
+            return None
+        does = None if ours["fingerprint"] is None else self.known[ours["fingerprint"]]
+        count, keep = ours["count"], tuple(ours["keep"])
+        if count is None:
+            return Request(ours["key"], ours["prompt"], does, "top-k", None, keep)
+        assert count["counted"] in get_args(Counted)
+        target = np.concatenate([np.arange(start, end) for start, end in count["spans"]] or [[]])
+        return Request(ours["key"], ours["prompt"], does, count["counted"], target, keep)
+
+    def _row(self, running: set[int | None]) -> int:
+        """A free row; where there is none, that of a request which does not run in this step."""
+        if not self.free:
+            for request in self.requests.values():
+                if request is not None and request.row is not None and request.row not in running:
+                    self._release(request)
+                    break
+            else:
+                raise MoesteerError(
+                    f"a step has more than {self.tables.tokens.shape[0] - 1} steered requests, the"
+                    " most that this engine was started for."
+                )
+        return self.free.pop()
+
+    def _write(self, row: int, does: Intervention | None) -> None:
+        profile = Profile() if does is None else does.experts
+        if self.directed is not None:
+            self.directed.write(row, () if does is None else does.directions)
+        tables = self.tables
+        for mask, experts in (
+            (tables.activated, profile.activated),
+            (tables.deactivated, profile.deactivated),
+        ):
+            table = torch.zeros(mask.shape[0], mask.shape[2], dtype=torch.bool)
+            for number, shape in enumerate(self.layers):
+                table[number, [expert for layer, expert in experts if layer == shape.layer]] = True
+            mask[:, row].copy_(table)
+        tables.promised[row] = is_guarded(profile)
+        tables.paper[row] = profile.rule == "paper"
+        tables.dose[row] = profile.dose
+
+    def _release(self, request: Request) -> None:
+        if request.row is not None:
+            self._fold(request)
+            self.free.append(request.row)
+            request.row = None
+
+    def _fold(self, request: Request) -> None:
+        """Add what a row counted to the result of its key, and count from zero."""
+        if request.row is None:
+            return
+        tables, row = self.tables, request.row
+        source = tables.probability if request.counted == "probability" else tables.selected
+        tokens, values = tables.tokens[row].clone(), source[row].clone()
+        for table in (tables.tokens, tables.selected, tables.probability):
+            table[row].zero_()
+        passed = None
+        if self.directed is not None:
+            passed = self.directed.passed[row].clone()
+            self.directed.passed[row].zero_()
+        if request.key in self.results:
+            self.results[request.key].add(tokens, values, passed)
+        else:
+            self.results[request.key] = Result(tokens, values, passed)
+        while len(self.results) > KEPT_RESULTS:
+            self.results.popitem(last=False)
+
+    def _directed_tokens(self, result: Result) -> list[list]:
+        """[layer, place, tokens] of each site where something was changed."""
+        if self.directed is None or result.passed is None:
+            return []
+        passed = zip(self.directed.sites, result.passed.tolist(), strict=True)
+        return [[site.layer, site.place, tokens] for site, tokens in passed if tokens]
+
+    def _top_1_rows(self) -> Tensor:
+        rows = torch.zeros(self.tables.tokens.shape[0], dtype=torch.bool)
+        rows[[r.request.row for r in self._step if r.request.counted == "top-1"]] = True
+        return rows.to(self.tables.tokens.device)
+
+    def _nothing_to_do(self) -> None:
+        tables = self.tables
+        if self._filled:
+            tables.steering_rows[: self._filled].zero_()
+            tables.counting_rows[: self._filled].zero_()
+            if self.directed is not None:
+                self.directed.rows[: self._filled].zero_()
+            self._filled = 0
+        tables.steered_layers = frozenset()
+        tables.any_counted = tables.any_paper = tables.any_partial = False
+        tables.any_probability = False
+
+
+def _to_count(request: Request, positions: np.ndarray) -> np.ndarray:
+    """Which of the tokens count, and were not counted before."""
+    new = positions >= request.counted_to
+    if request.target is None:
+        return new
+    return new & np.isin(positions, request.target)
+
+
+def _in_window(request: Request, positions: np.ndarray) -> np.ndarray:
+    """Which of the tokens the request's directions hold for."""
+    if request.does is None or not request.does.directions:
+        return np.zeros_like(positions, dtype=bool)
+    in_prompt = positions < request.prompt
+    return {"all": positions >= 0, "prompt": in_prompt, "generation": ~in_prompt}[
+        request.does.window
+    ]

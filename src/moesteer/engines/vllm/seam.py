@@ -1,0 +1,182 @@
+"""The seam of vLLM: the one place where a routed layer's logits are rewritten and its choice read.
+
+    MoERunner._maybe_dispatch(hidden, logits)   `steer`: logits of this rank's tokens, before they
+                                                travel to other ranks; every kernel comes after
+    BaseRouter._compute_routing → weights, ids  `guard` where lifted logits alone don't decide, then
+                                                `record`: logical ids, before any load balancing
+
+Where Dynamo traces the block (on a CPU; on GPUs it lies inside vLLM's own opaque operators) both
+become operators of ours, opaque too, so that one graph serves every batch.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moesteer.engines.vllm.guarded_selection import Selection
+from moesteer.engines.vllm.tables import Tables
+from moesteer.profile import LayerShape
+from moesteer.rules import rewritten_logits
+
+
+class RoutedLayer:
+    """One routed layer of this worker, `number` among them; reads and writes the shared tables."""
+
+    def __init__(
+        self, number: int, shape: LayerShape, tables: Tables, selection: Selection | None
+    ) -> None:
+        self.number = number
+        self.shape = shape
+        self.tables = tables
+        self.selection = selection
+        self.activated = tables.activated[number, :, : shape.experts]
+        self.deactivated = tables.deactivated[number, :, : shape.experts]
+        self.chosen = tables.chosen[number, :, : shape.top_k]
+        self.weights = tables.weights[number, :, : shape.top_k]
+        self.probability = tables.probability[:, number, : shape.experts]
+        # Where tokens of other ranks came along: their masks, and which tokens are this rank's.
+        self.gathered: tuple[Tensor, Tensor] | None = None
+        self.own = slice(None)
+        self.key = len(_LAYERS)
+        _LAYERS.append(self)
+
+    def steer(self, logits: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
+        """The logits that the router goes on with."""
+        tables = self.tables
+        width = self.shape.experts
+        routed = (
+            logits if logits.shape[-1] == width else logits[:, :width]
+        )  # beyond: shared experts
+        if tables.any_probability:
+            counting = tables.counting_rows[: logits.shape[0]]
+            self.probability.index_add_(0, counting, routed.float().softmax(-1))
+        if not tables.static and self.number not in tables.steered_layers:
+            return logits
+        rows = tables.steering_rows[: logits.shape[0]]
+        steered = rewritten_logits(
+            routed,
+            self.activated[rows],
+            self.deactivated[rows],
+            paper=tables.paper[rows] if tables.static or tables.any_paper else None,
+            dose=tables.dose[rows].to(routed.dtype)
+            if tables.static or tables.any_partial
+            else None,
+        )
+        return steered if routed is logits else torch.cat((steered, logits[:, width:]), dim=-1)
+
+    def masks(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Experts that the guard forces and forbids, [token, expert] each."""
+        rows = self.tables.steering_rows[:tokens]
+        promised = self.tables.promised[rows]
+        return self.activated[rows] & promised, self.deactivated[rows] & promised
+
+    def choose(
+        self,
+        weights: Float[Tensor, "token k"],
+        ids: Int[Tensor, "token k"],
+        logits: Float[Tensor, "token width"],
+    ) -> tuple[Float[Tensor, "token k"], Int[Tensor, "token k"]]:
+        """What the router chose, guarded, and recorded on the way."""
+        tables = self.tables
+        if self.selection is not None and (
+            tables.static or self.number in tables.steered_layers or self.gathered is not None
+        ):
+            forced, forbidden = self.gathered or self.masks(ids.shape[0])
+            ours, index = self.selection.select(logits[:, : self.shape.experts], forced, forbidden)
+            touched = (forced | forbidden).any(-1, keepdim=True)
+            weights = torch.where(touched, ours.to(weights.dtype), weights)
+            ids = torch.where(touched, index.to(ids.dtype), ids)
+        self.record(weights, ids)
+        return weights, ids
+
+    def record(self, weights: Tensor | None, ids: Tensor) -> None:
+        """Keep the choice of this rank's tokens until the step is counted."""
+        if not self.tables.static and not self.tables.any_counted:
+            return
+        own = ids[self.own]
+        self.chosen[: own.shape[0]].copy_(own)
+        if weights is None:
+            self.weights[: own.shape[0]].fill_(1)
+        else:
+            self.weights[: own.shape[0]].copy_(weights[self.own])
+
+
+def steered_dispatch(original: Any, runner: Any, hidden: Tensor, logits: Tensor) -> Any:
+    """`MoERunner._maybe_dispatch` with steered logits.
+
+    Where it gathers tokens of several ranks, the guard's masks travel with the logits.
+    """
+    layer: RoutedLayer | None = runner.__dict__.get("moesteer_layer")
+    if layer is None:
+        return original(runner, hidden, logits)
+    if torch.compiler.is_compiling():
+        return original(runner, hidden, torch.ops.moesteer.steer(logits, layer.key))
+    logits = layer.steer(logits)
+    if not runner.do_naive_dispatch_combine:
+        return original(runner, hidden, logits)
+    forced, forbidden = layer.masks(logits.shape[0])
+    marks = forced.to(logits.dtype) - forbidden.to(logits.dtype)
+    hidden, both = original(runner, hidden, torch.cat((logits, marks), dim=-1))
+    logits, marks = both.split((logits.shape[-1], marks.shape[-1]), dim=-1)
+    layer.gathered = (marks > 0, marks < 0)
+    layer.own = own_tokens(logits.shape[0], forced.shape[0])
+    return hidden, logits.contiguous()
+
+
+def own_tokens(gathered: int, own: int) -> slice:
+    """Which of the gathered tokens are this rank's: they stand in the order of the ranks."""
+    from vllm.forward_context import get_forward_context
+
+    metadata = get_forward_context().dp_metadata
+    if gathered == own or metadata is None:
+        return slice(0, own)
+    from vllm.distributed import get_dp_group
+
+    counts = metadata.num_tokens_across_dp_cpu.tolist()
+    start = sum(counts[: get_dp_group().rank_in_group])
+    return slice(start, start + own)
+
+
+def guarded_routing(original: Any, layer: RoutedLayer) -> Any:
+    """A router's `_compute_routing` with its choice guarded and recorded."""
+
+    def compute(hidden: Tensor, logits: Tensor, indices_type: Any, **options: Any) -> Any:
+        weights, ids = original(hidden, logits, indices_type, **options)
+        if torch.compiler.is_compiling():
+            return torch.ops.moesteer.choose(weights, ids, logits, layer.key)
+        return layer.choose(weights, ids, logits)
+
+    return compute
+
+
+# -- operators for graphs ------------------------------------------------------------------------
+
+_LAYERS: list[RoutedLayer] = []
+
+_LIBRARY = torch.library.Library("moesteer", "FRAGMENT")
+_LIBRARY.define("steer(Tensor logits, int layer) -> Tensor")
+_LIBRARY.define("choose(Tensor weights, Tensor ids, Tensor logits, int layer) -> (Tensor, Tensor)")
+
+
+def _steer(logits: Tensor, layer: int) -> Tensor:
+    steered = _LAYERS[layer].steer(logits)
+    return steered.clone() if steered is logits else steered  # an operator returns no input
+
+
+def _choose(weights: Tensor, ids: Tensor, logits: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    chosen, index = _LAYERS[layer].choose(weights, ids, logits)
+    return (
+        weights.clone() if chosen is weights else chosen,
+        ids.clone() if index is ids else index,
+    )
+
+
+_LIBRARY.impl("steer", _steer, "CompositeExplicitAutograd")
+_LIBRARY.impl("choose", _choose, "CompositeExplicitAutograd")
+torch.library.register_fake("moesteer::steer", lambda logits, layer: torch.empty_like(logits))
+torch.library.register_fake(
+    "moesteer::choose",
+    lambda weights, ids, logits, layer: (torch.empty_like(weights), torch.empty_like(ids)),
+)

@@ -1,10 +1,12 @@
 # Everything starts from a machine with Python 3.11, pip and make.
-# `make demo` and `make test` create .venv and install from constraints.txt.
+# `make demo` and `make test` create .venv and install from constraints.txt; `make vllm` and `make test-vllm` create
+# .venv-vllm (2.5 GB) and install from constraints-vllm.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
+BIN_VLLM := .venv-vllm/bin
 
-.PHONY: demo test check testbed architectures bench clean
+.PHONY: demo test check vllm test-vllm testbed architectures bench bench-vllm clean
 
 demo: .venv/installed
 	$(BIN)/moesteer demo
@@ -16,6 +18,13 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+
+vllm: .venv-vllm/installed
+
+# What needs vLLM has its own types (tests_vllm/pyrightconfig.json) and tests; ruff reads it in `make check`.
+test-vllm: .venv-vllm/installed
+	$(BIN_VLLM)/basedpyright --project tests_vllm
+	$(BIN_VLLM)/pytest tests_vllm
 
 # Retrains both bundled models into build/testbed (about an hour on one core).
 testbed: .venv/installed
@@ -29,6 +38,9 @@ architectures: .venv/installed-dev
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/run.py
 
+bench-vllm: .venv-vllm/installed
+	$(BIN_VLLM)/python benchmarks/run.py on_vllm
+
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moesteer needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -40,5 +52,14 @@ bench: .venv/installed-dev
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# vLLM's CPU build. Without dependencies, because the lock names them all.
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moesteer needs Python 3.11 or newer")'
+	test -x $(BIN_VLLM)/python || $(PYTHON) -m venv .venv-vllm
+	$(BIN_VLLM)/pip install --quiet --constraint constraints-vllm.txt torch
+	$(BIN_VLLM)/pip install --quiet --no-deps --requirement constraints-vllm.txt
+	$(BIN_VLLM)/pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """Run all benchmarks, or the named ones; writes `results.md` and `results.json` beside this file.
 
 python benchmarks/run.py [startup] [memory] [counting] [detection] [resampling] …
+python benchmarks/run.py on_vllm        in vLLM's environment; writes `results-vllm.md` and `.json`
 """
 
 import argparse
@@ -27,11 +28,13 @@ SECTIONS = (
     "decoding",
     "compiled",
 )
+ON_VLLM = ("on_vllm",)
+"""Sections for vLLM's own environment, whose results are kept apart."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], metavar="section")
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, *ON_VLLM, []], metavar="section")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write the results to")
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; see paired.py
@@ -46,8 +49,9 @@ def main() -> None:
         "machine": machine,
         "figures": [{**asdict(f), "median": f.ratio.median, "met": f.met} for f in figures],
     }
-    (asked.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (asked.out / "results.md").write_text(page(figures, machine))
+    name = "results-vllm" if set(asked.sections) & set(ON_VLLM) else "results"
+    (asked.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (asked.out / f"{name}.md").write_text(page(figures, machine))
 
 
 def describe_machine() -> dict[str, str]:

@@ -27,6 +27,7 @@ from moesteer.commands.looking import demo, doctor, testbed
 from moesteer.commands.proving import evaluate, search
 from moesteer.commands.reporting import report
 from moesteer.commands.running import chat, generate
+from moesteer.commands.serving import serve
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "show": show,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "tasks": tasks,
     "judge check": judge_check,
     "evaluate": evaluate,

@@ -21,7 +21,7 @@ from moesteer.engines.facts import facts_of_checkpoint
 from moesteer.engines.prompts import check_lengths, one_each
 from moesteer.engines.readouts import check_readouts, mean_log_probability
 from moesteer.engines.vllm import names_of, send_profile
-from moesteer.engines.vllm.collected import evidence_of, merged
+from moesteer.engines.vllm.collected import check_described, evidence_of, merged
 from moesteer.engines.vllm.names import COUNT, EVIDENCE_KEY, KEEP
 from moesteer.engines.vllm.rows import KEPT_RESULTS
 from moesteer.engines.vllm.settings import KEY
@@ -45,7 +45,9 @@ class VllmEngine:
         self._names.measuring = True
         self._loaded: set[str] = set()
         self._calls = itertools.count()
-        self._static = _check_layers(llm, facts)
+        described = llm.collective_rpc("moesteer_describe")
+        check_described(described, facts)
+        self._static = any(worker["static"] for worker in described)
 
     def count_selections(
         self, conversations: Sequence[TokenisedConversation], counted: Counted = "top-k"
@@ -338,22 +340,6 @@ def load_vllm(
         except Exception as error:  # whatever else vLLM says of models and machines
             raise MoesteerError(f"vLLM can't run {model}: {first_line(error)}") from error
     return VllmEngine(llm, read_tokenizer(path, revision, chat_template), facts)
-
-
-def _check_layers(llm: Any, facts: ModelFacts) -> bool:
-    """Refuse an engine that can't be steered in all layers; whether it replays graphs."""
-    described = llm.collective_rpc("moesteer_describe")
-    for worker in described:
-        if worker["refused"] is not None:
-            raise MoesteerError(f"this engine can't be steered: {worker['refused']}")
-    found = sorted({tuple(shape) for worker in described for shape in worker["layers"]})
-    wanted = [(shape.layer, shape.experts, shape.top_k) for shape in facts.layers]
-    if found != wanted:
-        raise MoesteerError(
-            f"{facts.id} routes otherwise in vLLM: its {len(wanted)} layers are, as (layer,"
-            f" experts, k), {wanted[:3]}… in transformers, and {len(found)} there, {found[:3]}…."
-        )
-    return any(worker["static"] for worker in described)
 
 
 def _steered_by(profile: Profile | None, key: str | None) -> dict[str, str] | None:

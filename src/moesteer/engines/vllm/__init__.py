@@ -28,6 +28,7 @@ def load_profile(llm: Any, name: str, profile: "Profile | str | Path") -> None:
     from moesteer.engines.facts import facts_of_checkpoint
     from moesteer.profile import Profile, check_model
 
+    described(llm)  # refuses first what can't be steered
     config = llm.llm_engine.model_config
     loaded = profile if isinstance(profile, Profile) else Profile.load(profile)
     check_model(loaded, facts_of_checkpoint(config.model, revision=config.revision))
@@ -63,6 +64,16 @@ def send_profile(llm: Any, profile: "Profile") -> None:
     for refused in llm.collective_rpc("moesteer_load", args=(payload_of(profile),)):
         if refused is not None:
             raise MoesteerError(f"this engine can't take the profile: {refused}")
+
+
+def described(llm: Any) -> list[dict[str, Any]]:
+    """What each worker says of its layers; MoesteerError with the reason where it can't steer."""
+    check_plugin(llm)
+    workers = llm.collective_rpc("moesteer_describe")
+    for worker in workers:
+        if worker["refused"] is not None:
+            raise MoesteerError(f"this engine can't be steered: {worker['refused']}")
+    return workers
 
 
 def names_of(llm: Any) -> "Names":

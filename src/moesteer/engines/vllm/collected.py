@@ -1,4 +1,4 @@
-"""What the workers counted, put together: from replies to `moesteer_collect` to evidence.
+"""What the workers say, put together: whether they can be steered, and what they counted.
 
 Workers of a tensor-parallel group all see every token and count the same; those of a pipeline have
 different layers.
@@ -8,10 +8,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moesteer.engines.evidence import LayerEvidence
-from moesteer.profile import Profile
+from moesteer.errors import MoesteerError
+from moesteer.profile import ModelFacts, Profile
 
 Counts = Mapping[int, Sequence[float]]
 """By layer, how many tokens chose each expert (or the sum of its probability)."""
+
+
+def check_described(workers: Sequence[Mapping[str, Any]], facts: ModelFacts) -> None:
+    """Raise MoesteerError unless one engine's workers can be steered in all layers of the model.
+
+    `workers` are the replies to `moesteer_describe`.
+    """
+    for worker in workers:
+        if worker["refused"] is not None:
+            raise MoesteerError(f"{facts.id} can't be steered in vLLM: {worker['refused']}")
+    found = sorted({tuple(shape) for worker in workers for shape in worker["layers"]})
+    wanted = [(shape.layer, shape.experts, shape.top_k) for shape in facts.layers]
+    if found != wanted:
+        raise MoesteerError(
+            f"{facts.id} routes otherwise in vLLM: its {len(wanted)} layers are, as (layer,"
+            f" experts, k), {wanted[:3]}… in transformers, and {len(found)} there, {found[:3]}…."
+        )
 
 
 def merged(by_worker: Sequence[Mapping[str, Any]], key: str) -> tuple[int, Counts]:

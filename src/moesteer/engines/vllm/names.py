@@ -9,7 +9,7 @@ the profile that it began with, whatever its name comes to mean later.
 from typing import Any
 
 from moesteer.engines.vllm.settings import KEY, settings_of
-from moesteer.profile import Profile
+from moesteer.profile import Profile, check_model
 
 EVIDENCE_KEY = "moesteer_key"
 COUNT = "moesteer_count"
@@ -32,10 +32,17 @@ class Names:
 
     @classmethod
     def at_start(cls, vllm_config: Any) -> "Names":
-        """Those that the engine was started with."""
-        names = cls()
-        for name, path in settings_of(vllm_config).profiles.items():
-            names.add(name, Profile.load(path))
+        """Those the engine was started with; MoesteerError where one does not fit its model."""
+        names, files = cls(), settings_of(vllm_config).profiles
+        if files:
+            from moesteer.engines.facts import facts_of_checkpoint
+
+            model = vllm_config.model_config
+            facts = facts_of_checkpoint(model.model, revision=model.revision)
+            for name, path in files.items():
+                profile = Profile.load(path)
+                check_model(profile, facts)
+                names.add(name, profile)
         return names
 
     def add(self, name: str, profile: Profile) -> None:

@@ -66,10 +66,11 @@ class Result:
     passed: Tensor | None
 
     def add(self, tokens: Tensor, values: Tensor, passed: Tensor | None) -> None:
+        # Not in place: what was folded in a step is an inference tensor, and RPCs are outside.
         self.tokens = self.tokens + tokens
-        self.values += values
+        self.values = self.values + values
         if self.passed is not None and passed is not None:
-            self.passed += passed
+            self.passed = self.passed + passed
 
 
 class Rows:

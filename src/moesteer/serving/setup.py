@@ -1,0 +1,26 @@
+"""What `moesteer serve` hands to its middleware: it travels with vLLM's own arguments."""
+
+from argparse import Namespace
+from dataclasses import dataclass, field
+
+from moesteer.profile import ModelFacts, Profile
+
+ATTRIBUTE = "moesteer"
+
+
+@dataclass
+class Setup:
+    """`profiles` to begin with; `facts` of the model, which later ones must fit.
+
+    Without `admin_key` nothing can be loaded or removed. `failure` is where the middleware leaves
+    the reason if it can't begin.
+    """
+
+    profiles: dict[str, Profile]
+    facts: ModelFacts
+    admin_key: str | None = field(default=None, repr=False)
+    failure: str | None = None
+
+
+def setup_of(args: Namespace) -> Setup:
+    return getattr(args, ATTRIBUTE)

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from moesteer.testbed import model_path
 
 LAYERS, EXPERTS = 16, 64
 REQUESTS = 16
-PROMPT_TOKENS, NEW_TOKENS = 24, 32
+PROMPT_TOKENS, NEW_TOKENS = 24, 16
 SECTION = "vLLM: 16 layers × 64 experts, hidden 512, batch 16, on the same engine"
 
 
@@ -44,12 +45,16 @@ def _of_engine(running: VllmEngine, kind: str, bar: float) -> list[Figure]:
     one = [profiles()[0]] * REQUESTS
     eight = [profiles()[request % 8] for request in range(REQUESTS)]
     nothing = [None] * REQUESTS
-    speed = partial(relative_speed, rounds=9, warm_up=1)
+    in_vain = [replace(profiles()[0], dose=0.0)] * REQUESTS
+    speed = partial(relative_speed, rounds=7, warm_up=1)
     prefill = [partial(_count, running)], [partial(_prefill, running)]
     return [
         Figure(SECTION, f"{kind}: every request steered, in units of none", speed(
             [partial(_generate, running, one)], [partial(_generate, running, nothing)]
         ), bar),
+        Figure(SECTION, f"{kind}: every request at dose 0, the same experts running", speed(
+            [partial(_generate, running, in_vain)], [partial(_generate, running, nothing)]
+        )),
         Figure(SECTION, f"{kind}: eight profiles in the batch, in units of one", speed(
             [partial(_generate, running, eight)], [partial(_generate, running, one)]
         ), 0.95),

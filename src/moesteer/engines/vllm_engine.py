@@ -42,7 +42,7 @@ class VllmEngine:
         self.facts = facts
         self.max_tokens: int | None = llm.llm_engine.model_config.max_model_len
         self._names = names_of(llm)
-        self._names.measuring = True
+        self._names.internal = frozenset({EVIDENCE_KEY, COUNT, KEEP})
         self._loaded: set[str] = set()
         self._calls = itertools.count()
         described = llm.collective_rpc("moesteer_describe")
@@ -205,11 +205,13 @@ class VllmEngine:
             }
             for key, text in zip(keys, texts, strict=True)
         ]
-        self._prefill([text.ids for text in texts], asked, progress)
-        by_worker = self.llm.collective_rpc("moesteer_collect", args=(keys,))
-        if steering is not None:
-            for key in keys:
-                check_fired(steering, evidence_of(steering, *merged(by_worker, key)))
+        for start in range(0, len(texts), KEPT_RESULTS):
+            part = slice(start, start + KEPT_RESULTS)
+            self._prefill([text.ids for text in texts[part]], asked[part], progress)
+            by_worker = self.llm.collective_rpc("moesteer_collect", args=(keys[part],))
+            if steering is not None:
+                for key in keys[part]:
+                    check_fired(steering, evidence_of(steering, *merged(by_worker, key)))
         return keys
 
     def _prefill(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from moesteer.engines.vllm.names import EVIDENCE_KEY
 from moesteer.engines.vllm.payload import payload_of
 from moesteer.errors import MoesteerError
 from moesteer.profile import Profile
@@ -20,6 +21,7 @@ class Shelf:
     def __init__(self, workers: Workers, names: Any) -> None:
         self._workers = workers
         self._names = names
+        names.internal = frozenset({EVIDENCE_KEY})
         self._profiles: dict[str, Profile] = {}
 
     @property

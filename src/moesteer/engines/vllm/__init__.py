@@ -17,7 +17,7 @@ from moesteer.errors import MoesteerError
 if TYPE_CHECKING:
     from moesteer.engines.evidence import LayerEvidence
     from moesteer.engines.vllm.names import Names
-    from moesteer.profile import Profile
+    from moesteer.profile import ModelFacts, Profile
 
 
 def load_profile(llm: Any, name: str, profile: "Profile | str | Path") -> None:
@@ -25,13 +25,11 @@ def load_profile(llm: Any, name: str, profile: "Profile | str | Path") -> None:
 
     Raises MoesteerError where the engine can't be steered, or the profile does not fit its model.
     """
-    from moesteer.engines.facts import facts_of_checkpoint
     from moesteer.profile import Profile, check_model
 
-    described(llm)  # refuses first what can't be steered
-    config = llm.llm_engine.model_config
+    check_steerable(llm)
     loaded = profile if isinstance(profile, Profile) else Profile.load(profile)
-    check_model(loaded, facts_of_checkpoint(config.model, revision=config.revision))
+    check_model(loaded, _facts_of(llm))
     send_profile(llm, loaded)
     names_of(llm).add(name, loaded)
 
@@ -66,14 +64,12 @@ def send_profile(llm: Any, profile: "Profile") -> None:
             raise MoesteerError(f"this engine can't take the profile: {refused}")
 
 
-def described(llm: Any) -> list[dict[str, Any]]:
-    """What each worker says of its layers; MoesteerError with the reason where it can't steer."""
+def check_steerable(llm: Any) -> None:
+    """Raise MoesteerError, with the reason, where a worker can't steer."""
     check_plugin(llm)
-    workers = llm.collective_rpc("moesteer_describe")
-    for worker in workers:
+    for worker in llm.collective_rpc("moesteer_describe"):
         if worker["refused"] is not None:
             raise MoesteerError(f"this engine can't be steered: {worker['refused']}")
-    return workers
 
 
 def names_of(llm: Any) -> "Names":
@@ -88,6 +84,17 @@ def check_plugin(llm: Any) -> None:
             "moesteer's plugin is not loaded in this engine: MOESTEER_DISABLE is set, VLLM_PLUGINS"
             " leaves it out, or this version of vLLM is not supported."
         )
+
+
+def _facts_of(llm: Any) -> "ModelFacts":
+    """The facts of the engine's checkpoint, read once."""
+    names = names_of(llm)
+    if names.facts is None:
+        from moesteer.engines.facts import facts_of_checkpoint
+
+        config = llm.llm_engine.model_config
+        names.facts = facts_of_checkpoint(config.model, revision=config.revision)
+    return names.facts
 
 
 def _known(llm: Any, name: str) -> "Profile":

@@ -24,6 +24,9 @@ from moesteer.rules import rewritten_logits
 
 PROBE_TOKENS = 32
 
+SALTLESS = ("ExampleConnector", "HF3FSKVConnector", "LMCacheConnectorV1")
+"""KV connectors whose keys are the tokens alone, so that profiles would share what they store."""
+
 
 def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> Rows:
     """Put each routed layer of the model under the seam; MoesteerError with the reason if not."""
@@ -77,6 +80,29 @@ def check_config(vllm_config: Any) -> None:
     for reason, holds in refused.items():
         if holds:
             raise MoesteerError(f"{reason}, so whose a token is can't be told. Start without it.")
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        raise MoesteerError(
+            "--kv-sharing-fast-prefill runs later layers on some tokens of a step only, so whose a"
+            " token is can't be told. Start without it."
+        )
+    if getattr(vllm_config.speculative_config, "enable_adaptive_verification", False):
+        raise MoesteerError(
+            "adaptive verification moves the tokens of a step on the device, so whose a token is"
+            " can't be told. Start without it."
+        )
+    for connector in sorted(_kv_connectors(vllm_config.kv_transfer_config) & set(SALTLESS)):
+        raise MoesteerError(
+            f"{connector} keeps the cache by tokens alone, so that what one profile computed would"
+            " serve the requests of another. Use another connector."
+        )
+
+
+def _kv_connectors(config: Any) -> set[str]:
+    """The external caches that requests may read, those inside others too."""
+    if config is None:
+        return set()
+    inner = (config.kv_connector_extra_config or {}).get("connectors", ())
+    return {config.kv_connector, *(one.get("kv_connector") for one in inner)} - {None}
 
 
 def find_runners(model: nn.Module) -> list[Any]:
@@ -95,6 +121,12 @@ def find_runners(model: nn.Module) -> list[Any]:
             f"{name} has no layer that routes through vLLM's MoERunner: it is not a"
             " Mixture-of-Experts model, or its class routes in its own way."
         )
+    numbers = [runner.layer_id for runner in runners]
+    if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
+        raise MoesteerError(
+            f"{name} has several sets of experts in layer {twice[0]}, each for some tokens of"
+            " a step, so whose a token is can't be told."
+        )
     return sorted(runners, key=lambda runner: runner.layer_id)
 
 
@@ -112,6 +144,14 @@ def _selection(runner: Any, shape: LayerShape) -> Selection | None:
     where = f"layer {shape.layer} ({type(router).__name__})"
     if not isinstance(router, BaseRouter):
         raise MoesteerError(f"{where} does not choose experts in a way that can be read.")
+    if not _is_plain(runner):
+        raise MoesteerError(
+            f"layer {shape.layer} is a {type(runner).__name__}, which runs experts in its own way."
+        )
+    if getattr(router, "num_fused_shared_experts", 0):
+        raise MoesteerError(
+            f"{where} appends its shared experts to the chosen ones, which is not supported yet."
+        )
     if getattr(router, "_hash_indices_table", None) is not None:
         raise MoesteerError(f"{where} routes by token id, not by logits; nothing can be steered.")
     if hasattr(router, "zero_expert_type"):
@@ -131,6 +171,14 @@ def _selection(runner: Any, shape: LayerShape) -> Selection | None:
     return selection
 
 
+def _is_plain(runner: Any) -> bool:
+    """Whether the runner routes where the seam is: it may add to vLLM's own, not replace it."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    seam = ("_forward_impl", "_maybe_dispatch", "_apply_quant_method")
+    return all(getattr(type(runner), name) is getattr(MoERunner, name) for name in seam)
+
+
 def _self_test(
     runner: Any,
     shape: LayerShape,
@@ -146,7 +194,8 @@ def _self_test(
     try:
         if selection is not None and not selection.agrees(runner.router, logits):
             raise MoesteerError(f"{where} chooses experts otherwise than its settings say.")
-        forced, forbidden = _probe(route(logits, logits, None)[1], shape)
+        free = route(logits, logits, None)[1].clamp(0, shape.experts - 1)
+        forced, forbidden = _probe(free, shape)
         lifted = rewritten_logits(logits, forced, forbidden)
         if selection is None:
             index = route(lifted, lifted, None)[1]
@@ -156,6 +205,8 @@ def _self_test(
         raise
     except Exception as error:  # whatever a kernel says of a call that it does not expect
         raise MoesteerError(f"{where} can't be tested: {error}") from error
+    if not bool(((index >= 0) & (index < shape.experts)).all()):
+        raise MoesteerError(f"{where} chooses experts that there are not.")
     chosen = _members(index, shape.experts)
     if not bool((chosen | ~forced).all()) or bool((chosen & forbidden).any()):
         raise MoesteerError(f"{where} does not obey lifted and lowered logits.")

@@ -43,7 +43,11 @@ def merged(by_worker: Sequence[Mapping[str, Any]], key: str) -> tuple[int, Count
 
 
 def evidence_of(profile: Profile, tokens: int, counts: Counts) -> list[LayerEvidence]:
-    """What the counts say of each layer that the profile steers."""
+    """What the counts say of each layer that the profile steers.
+
+    `tokens` are those that were run, as the worker's schedule has it. A layer whose router recorded
+    fewer choices than that has proved nothing, not even that it left an expert out.
+    """
     found = []
     for layer in profile.steered_layers:
         selected = counts.get(layer)
@@ -52,7 +56,7 @@ def evidence_of(profile: Profile, tokens: int, counts: Counts) -> list[LayerEvid
             LayerEvidence(
                 profile.name,
                 layer,
-                tokens if selected is not None else 0,
+                tokens if selected is not None and sum(selected) >= tokens else 0,
                 {expert: int(selected[expert]) if selected else 0 for expert in activated},
                 {expert: int(selected[expert]) if selected else 0 for expert in deactivated},
             )

@@ -68,6 +68,7 @@ class Directed:
     def check(self, directions: Sequence[Direction]) -> None:
         """Raise MoesteerError for a direction that has no place here, or another width."""
         places = {(site.layer, site.place) for site in self.sites}
+        ablated = [(d.layer, d.place) for d in directions if d.operation == "ablate"]
         for direction in directions:
             if (direction.layer, direction.place) not in places:
                 raise MoesteerError(
@@ -77,6 +78,11 @@ class Directed:
                 raise MoesteerError(
                     f"a direction of layer {direction.layer} has {len(direction.vector)} numbers;"
                     f" the model's hidden states have {self.hidden}."
+                )
+            if ablated.count((direction.layer, direction.place)) > 1:
+                raise MoesteerError(
+                    f"two directions are ablated at the {direction.place} of layer"
+                    f" {direction.layer}; one at a place."
                 )
 
     def write(self, row: int, directions: Sequence[Direction]) -> None:
@@ -89,11 +95,6 @@ class Directed:
             vector = torch.tensor(direction.vector)
             if direction.operation == "add":
                 self.added[site, row] += (direction.coefficient * vector).to(self.added.device)
-            elif bool(self.ablated[site, row].any()):
-                raise MoesteerError(
-                    f"two directions are ablated at the {direction.place} of layer"
-                    f" {direction.layer}; one at a place."
-                )
             else:
                 self.ablated[site, row].copy_(vector / vector.norm())
             self.used[site, row] = True

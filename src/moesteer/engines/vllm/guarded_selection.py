@@ -73,7 +73,11 @@ class Selection:
         return weights * self.scale, index
 
     def agrees(self, router: Any, logits: Float[Tensor, "token expert"]) -> bool:
-        """Whether the router, left alone, chooses and weighs as these steps say."""
+        """Whether the router, left alone, chooses and weighs as these steps say.
+
+        Asked in fp32: in half precision some routers round their scores, which moves close calls.
+        """
+        logits = logits.float()
         weights, index = router._compute_routing(logits, logits, None)
         nobody = torch.zeros_like(logits, dtype=torch.bool)
         ours = _dense(*self.select(logits, nobody, nobody), logits)

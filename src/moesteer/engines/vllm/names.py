@@ -9,7 +9,7 @@ the profile that it began with, whatever its name comes to mean later.
 from typing import Any
 
 from moesteer.engines.vllm.settings import KEY, settings_of
-from moesteer.profile import Profile, check_model
+from moesteer.profile import ModelFacts, Profile, check_model
 
 EVIDENCE_KEY = "moesteer_key"
 COUNT = "moesteer_count"
@@ -21,14 +21,16 @@ SHOWN_LETTERS = 64
 class Names:
     """The profiles that requests of one frontend may name.
 
-    `measuring` is for the process that owns the engine: only then may requests have routing counted
-    and hidden states kept, which take memory until they are fetched.
+    `internal` are the other extra arguments that its requests may carry, none where clients write
+    them: a key of its own keeps a request's evidence apart; routing counts and hidden states take
+    memory until they are fetched.
     """
 
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
         self.profiles: dict[str, Profile] = {}
-        self.measuring = False
+        self.internal: frozenset[str] = frozenset()
+        self.facts: ModelFacts | None = None
 
     @classmethod
     def at_start(cls, vllm_config: Any) -> "Names":
@@ -38,10 +40,10 @@ class Names:
             from moesteer.engines.facts import facts_of_checkpoint
 
             model = vllm_config.model_config
-            facts = facts_of_checkpoint(model.model, revision=model.revision)
+            names.facts = facts_of_checkpoint(model.model, revision=model.revision)
             for name, path in files.items():
                 profile = Profile.load(path)
-                check_model(profile, facts)
+                check_model(profile, names.facts)
                 names.add(name, profile)
         return names
 
@@ -64,8 +66,7 @@ class Names:
         ours = {key: extra.pop(key) for key in list(extra) if key.startswith(KEY)}
         if not ours:
             return
-        allowed = {KEY, EVIDENCE_KEY} | ({COUNT, KEEP} if self.measuring else set())
-        unknown = sorted(set(ours) - allowed)
+        unknown = sorted(set(ours) - {KEY} - self.internal)
         if unknown:
             raise _invalid(f"extra argument {_short(unknown[0])} is not known", KEY)
         name, key, count = (ours.get(k) for k in (KEY, EVIDENCE_KEY, COUNT))
@@ -90,7 +91,8 @@ class Names:
     def _fingerprint(self, name: object) -> str:
         if not isinstance(name, str):
             raise _invalid(f"{KEY} must be the name of a loaded profile, a string", KEY)
-        if name not in self.known:
+        fingerprint = self.known.get(name)  # asked once: another thread may remove it
+        if fingerprint is None:
             shown = ", ".join(list(self.known)[:SHOWN_NAMES])
             more = f" and {len(self.known) - SHOWN_NAMES} more"
             listed = shown + (more if len(self.known) > SHOWN_NAMES else "")
@@ -99,7 +101,7 @@ class Names:
                 + (f"known: {listed}" if listed else "none is loaded"),
                 KEY,
             )
-        return self.known[name]
+        return fingerprint
 
 
 def _short(text: str) -> str:

@@ -8,6 +8,7 @@ the request's key when they are asked for or when the request ends.
 A token is counted once, also where a preempted request runs through its prompt again.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,20 +31,36 @@ KEPT_RESULTS = 1024
 """Results that nobody asks for are dropped, the oldest first, beyond this many."""
 
 
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What a profile does, and its masks [layer, expert] on the device, ready to be a row; `layers`
+    are the numbers of those it steers."""
+
+    does: Intervention
+    activated: Tensor
+    deactivated: Tensor
+    layers: frozenset[int]
+
+
 @dataclass
 class Request:
     """A running request of ours: `row` None while it has none; `counted_to`: first token not yet
     counted; `target`: positions that count, None for all; `keep`: positions whose
-    prediction is to be read; `prompt`: how many tokens the prompt has."""
+    prediction is to be read; `prompt`: how many tokens the prompt has; `unfolded`: whether it ran
+    since its row was last folded."""
 
     key: str
     prompt: int
-    does: Intervention | None
+    profile: Known | None
     counted: Counted
     target: np.ndarray | None
     keep: tuple[int, ...] = ()
     row: int | None = None
     counted_to: int = 0
+    unfolded: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,7 @@ class Rows:
         self.directed = directed
         self.readings = readings
         self.layers = list(layers)
-        self.known: dict[str, Intervention] = {}
+        self.known: dict[str, Known] = {}
         self.requests: dict[str, Request | None] = {}
         self.free = list(range(1, tables.tokens.shape[0]))
         self.results: OrderedDict[str, Result] = OrderedDict()
@@ -107,7 +124,7 @@ class Rows:
             )
         if self.directed is not None:
             self.directed.check(loaded.directions)
-        self.known[loaded.fingerprint] = loaded
+        self.known[loaded.fingerprint] = self._ready(loaded)
 
     def forget(self, ended: Iterable[str]) -> None:
         """Requests that have ended: what they counted is kept under their keys."""
@@ -140,36 +157,41 @@ class Rows:
         if not any(batch):
             self._nothing_to_do()
             return
-        total = int(scheduled.sum())
-        steering = np.zeros(max(total, self._filled), dtype=np.int64)
-        counting, directing = np.zeros_like(steering), np.zeros_like(steering)
-        ends = np.cumsum(scheduled)
+        total, ends = int(scheduled.sum()), np.cumsum(scheduled)
         running = {request.row for request in batch if request is not None}
-        for request, end, number, start in zip(batch, ends, scheduled, computed, strict=True):
+        rows, steered, counted_to = np.zeros((3, len(batch)), dtype=np.int64)
+        spans = zip(computed.tolist(), scheduled.tolist(), ends.tolist(), strict=True)
+        for place, (request, (start, number, end)) in enumerate(zip(batch, spans, strict=True)):
             if request is None:
                 continue
             if request.row is None:
                 request.row = self._row(running)
                 running.add(request.row)
-                self._write(request.row, request.does)
-            tokens = slice(int(end - number), int(end))
-            steering[tokens] = request.row if request.does is not None else 0
-            positions = np.arange(start, start + number)
-            counting[tokens] = np.where(_to_count(request, positions), request.row, 0)
-            directing[tokens] = np.where(_in_window(request, positions), request.row, 0)
-            self._step.append(Run(request, int(start), int(start + number), int(end - number)))
-        self._filled = total
-        tables.steering_rows[: len(steering)].copy_(torch.from_numpy(steering))
-        tables.counting_rows[: len(counting)].copy_(torch.from_numpy(counting))
+                self._write(request.row, request.profile)
+            rows[place] = request.row
+            steered[place] = request.row if request.profile is not None else 0
+            counted_to[place] = request.counted_to
+            self._step.append(Run(request, start, start + number, end - number))
+        # From here on, a value for each token
+        positions = np.arange(total) + np.repeat(computed - ends + scheduled, scheduled)
+        by_token = np.repeat(rows, scheduled)
+        counting = np.where(positions >= np.repeat(counted_to, scheduled), by_token, 0)
+        directing = np.zeros_like(counting)
+        for run in self._step:
+            tokens = slice(run.offset, run.offset + run.end - run.start)
+            if run.request.target is not None:
+                counting[tokens] *= np.isin(positions[tokens], run.request.target)
+            if run.request.profile is not None and run.request.profile.does.directions:
+                directing[tokens] = by_token[tokens] * _in_window(run.request, positions[tokens])
+        self._tell(tables.steering_rows, np.repeat(steered, scheduled))
+        self._tell(tables.counting_rows, counting)
         if self.directed is not None:
-            self.directed.rows[: len(directing)].copy_(torch.from_numpy(directing))
-        profiles = {r.does.fingerprint: r.does.experts for r in batch if r and r.does}.values()
-        numbers = {shape.layer: number for number, shape in enumerate(self.layers)}
-        tables.steered_layers = frozenset(
-            numbers[layer] for p in profiles for layer in p.steered_layers if layer in numbers
-        )
-        tables.any_paper = any(profile.rule == "paper" for profile in profiles)
-        tables.any_partial = any(profile.dose != 1 for profile in profiles)
+            self._tell(self.directed.rows, directing)
+        self._filled = total
+        profiles = {id(r.profile): r.profile for r in batch if r and r.profile}.values()
+        tables.steered_layers = frozenset().union(*(p.layers for p in profiles))
+        tables.any_paper = any(p.does.experts.rule == "paper" for p in profiles)
+        tables.any_partial = any(p.does.experts.dose != 1 for p in profiles)
         tables.any_counted = bool(counting.any())
         tables.any_probability = any(r.counted == "probability" for r in batch if r)
 
@@ -193,14 +215,16 @@ class Rows:
             number, experts = tables.selected.shape[1:]
             counts &= chosen < experts
             layer = torch.arange(number, device=rows.device).view(-1, 1, 1)
-            cell = (rows.view(1, -1, 1) * number + layer) * experts + chosen
-            cell = cell.where(counts, 0)  # row 0 is thrown away
+            # Row 0 is thrown away; all of it, so that a device does not add up at one address.
+            cell = rows.view(1, -1, 1) * counts  # large: from here in place
+            cell.mul_(number).add_(layer).mul_(experts).add_(chosen.clamp_(0, experts - 1))
             ones = torch.ones(1, dtype=torch.int32, device=rows.device).expand(cell.numel())
             tables.selected.view(-1).scatter_add_(0, cell.flatten(), ones)
             tables.tokens.scatter_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
         for run in self._step:
             request = run.request
             request.counted_to = max(request.counted_to, run.end)
+            request.unfolded = True
             if hidden is not None:
                 for position in request.keep:
                     if run.start < position <= run.end:
@@ -236,13 +260,39 @@ class Rows:
         ours = (extra_args or {}).get("moesteer")
         if not isinstance(ours, dict):
             return None
-        does = None if ours["fingerprint"] is None else self.known[ours["fingerprint"]]
-        count, keep = ours["count"], tuple(ours["keep"])
+        fingerprint, count, keep = ours["fingerprint"], ours["count"], tuple(ours["keep"])
+        profile = None if fingerprint is None else self.known.get(fingerprint)
+        if fingerprint is not None and profile is None:
+            # Raised here, it would end the engine. Uncounted, the request proves nothing.
+            logger.error("a request names profile %s, which was never loaded here", fingerprint)
+            return None
         if count is None:
-            return Request(ours["key"], ours["prompt"], does, "top-k", None, keep)
+            return Request(ours["key"], ours["prompt"], profile, "top-k", None, keep)
         assert count["counted"] in get_args(Counted)
         target = np.concatenate([np.arange(start, end) for start, end in count["spans"]] or [[]])
-        return Request(ours["key"], ours["prompt"], does, count["counted"], target, keep)
+        return Request(ours["key"], ours["prompt"], profile, count["counted"], target, keep)
+
+    def _ready(self, does: Intervention) -> Known:
+        numbers = {shape.layer: number for number, shape in enumerate(self.layers)}
+        shape = self.tables.activated[:, 0].shape
+        masks = []
+        for experts in (does.experts.activated, does.experts.deactivated):
+            mask = torch.zeros(shape, dtype=torch.bool)
+            for layer, expert in experts:
+                if layer in numbers:  # else another worker's
+                    mask[numbers[layer], expert] = True
+            masks.append(mask.to(self.tables.activated.device))
+        steered = does.experts.steered_layers
+        layers = frozenset(numbers[n] for n in steered if n in numbers)
+        return Known(does, masks[0], masks[1], layers)
+
+    def _tell(self, table: Tensor, rows: np.ndarray) -> None:
+        """Write the rows of the step's tokens, without waiting for the step before to end."""
+        source = torch.from_numpy(rows)
+        if table.is_cuda:
+            source = source.pin_memory()
+        table[: len(rows)].copy_(source, non_blocking=True)
+        table[len(rows) : self._filled].zero_()
 
     def _row(self, running: set[int | None]) -> int:
         """A free row; where there is none, that of a request which does not run in this step."""
@@ -258,19 +308,17 @@ class Rows:
                 )
         return self.free.pop()
 
-    def _write(self, row: int, does: Intervention | None) -> None:
-        profile = Profile() if does is None else does.experts
+    def _write(self, row: int, known: Known | None) -> None:
+        profile = Profile() if known is None else known.does.experts
         if self.directed is not None:
-            self.directed.write(row, () if does is None else does.directions)
+            self.directed.write(row, () if known is None else known.does.directions)
         tables = self.tables
-        for mask, experts in (
-            (tables.activated, profile.activated),
-            (tables.deactivated, profile.deactivated),
-        ):
-            table = torch.zeros(mask.shape[0], mask.shape[2], dtype=torch.bool)
-            for number, shape in enumerate(self.layers):
-                table[number, [expert for layer, expert in experts if layer == shape.layer]] = True
-            mask[:, row].copy_(table)
+        if known is None:
+            tables.activated[:, row].zero_()
+            tables.deactivated[:, row].zero_()
+        else:
+            tables.activated[:, row].copy_(known.activated)
+            tables.deactivated[:, row].copy_(known.deactivated)
         tables.promised[row] = is_guarded(profile)
         tables.paper[row] = profile.rule == "paper"
         tables.dose[row] = profile.dose
@@ -283,8 +331,9 @@ class Rows:
 
     def _fold(self, request: Request) -> None:
         """Add what a row counted to the result of its key, and count from zero."""
-        if request.row is None:
+        if request.row is None or not request.unfolded:
             return
+        request.unfolded = False
         tables, row = self.tables, request.row
         source = tables.probability if request.counted == "probability" else tables.selected
         tokens, values = tables.tokens[row].clone(), source[row].clone()
@@ -296,6 +345,7 @@ class Rows:
             self.directed.passed[row].zero_()
         if request.key in self.results:
             self.results[request.key].add(tokens, values, passed)
+            self.results.move_to_end(request.key)
         else:
             self.results[request.key] = Result(tokens, values, passed)
         while len(self.results) > KEPT_RESULTS:
@@ -326,19 +376,10 @@ class Rows:
         tables.any_probability = False
 
 
-def _to_count(request: Request, positions: np.ndarray) -> np.ndarray:
-    """Which of the tokens count, and were not counted before."""
-    new = positions >= request.counted_to
-    if request.target is None:
-        return new
-    return new & np.isin(positions, request.target)
-
-
 def _in_window(request: Request, positions: np.ndarray) -> np.ndarray:
     """Which of the tokens the request's directions hold for."""
-    if request.does is None or not request.does.directions:
-        return np.zeros_like(positions, dtype=bool)
+    assert request.profile is not None
     in_prompt = positions < request.prompt
     return {"all": positions >= 0, "prompt": in_prompt, "generation": ~in_prompt}[
-        request.does.window
+        request.profile.does.window
     ]

@@ -9,10 +9,11 @@ Where Dynamo traces the block (on a CPU; on GPUs it lies inside vLLM's own opaqu
 become operators of ours, opaque too, so that one graph serves every batch.
 """
 
+import functools
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moesteer.engines.vllm.guarded_selection import Selection
@@ -39,6 +40,8 @@ class RoutedLayer:
         # Where tokens of other ranks came along: their masks, and which tokens are this rank's.
         self.gathered: tuple[Tensor, Tensor] | None = None
         self.own = slice(None)
+        fused = tables.static and tables.tokens.device.type != "cpu"
+        self.rewrite = fused_rewrite() if fused else rewrite
         self.key = len(_LAYERS)
         _LAYERS.append(self)
 
@@ -46,23 +49,21 @@ class RoutedLayer:
         """The logits that the router goes on with."""
         tables = self.tables
         width = self.shape.experts
-        routed = (
-            logits if logits.shape[-1] == width else logits[:, :width]
-        )  # beyond: shared experts
+        # Beyond the experts, some routers score shared ones.
+        routed = logits if logits.shape[-1] == width else logits[:, :width]
         if tables.any_probability:
             counting = tables.counting_rows[: logits.shape[0]]
             self.probability.index_add_(0, counting, routed.float().softmax(-1))
         if not tables.static and self.number not in tables.steered_layers:
             return logits
         rows = tables.steering_rows[: logits.shape[0]]
-        steered = rewritten_logits(
+        steered = self.rewrite(
             routed,
-            self.activated[rows],
-            self.deactivated[rows],
-            paper=tables.paper[rows] if tables.static or tables.any_paper else None,
-            dose=tables.dose[rows].to(routed.dtype)
-            if tables.static or tables.any_partial
-            else None,
+            rows,
+            self.activated,
+            self.deactivated,
+            tables.paper if tables.static or tables.any_paper else None,
+            tables.dose if tables.static or tables.any_partial else None,
         )
         return steered if routed is logits else torch.cat((steered, logits[:, width:]), dim=-1)
 
@@ -101,6 +102,34 @@ class RoutedLayer:
             self.weights[: own.shape[0]].fill_(1)
         else:
             self.weights[: own.shape[0]].copy_(weights[self.own])
+
+
+def rewrite(
+    logits: Float[Tensor, "token expert"],
+    rows: Int[Tensor, " token"],
+    activated: Bool[Tensor, "row expert"],
+    deactivated: Bool[Tensor, "row expert"],
+    paper: Bool[Tensor, "row 1"] | None,
+    dose: Float[Tensor, "row 1"] | None,
+) -> Float[Tensor, "token expert"]:
+    """`rewritten_logits` with each token's masks taken from its row."""
+    return rewritten_logits(
+        logits,
+        activated[rows],
+        deactivated[rows],
+        paper=None if paper is None else paper[rows],
+        dose=None if dose is None else dose[rows].to(logits.dtype),
+    )
+
+
+@functools.cache
+def fused_rewrite() -> Any:
+    """`rewrite` as one or two kernels, for graphs: there it always does everything, a kernel each.
+
+    Compiled when vLLM warms the model up, before it captures, as vLLM's own `grouped_topk` is.
+    Half precision is rounded after each operation, as without compiling.
+    """
+    return torch.compile(rewrite, dynamic=True, options={"emulate_precision_casts": True})
 
 
 def steered_dispatch(original: Any, runner: Any, hidden: Tensor, logits: Tensor) -> Any:
@@ -154,6 +183,12 @@ def guarded_routing(original: Any, layer: RoutedLayer) -> Any:
 # -- operators for graphs ------------------------------------------------------------------------
 
 _LAYERS: list[RoutedLayer] = []
+
+
+def known_layers() -> int:
+    """How many layers this process has put under the seam."""
+    return len(_LAYERS)
+
 
 _LIBRARY = torch.library.Library("moesteer", "FRAGMENT")
 _LIBRARY.define("steer(Tensor logits, int layer) -> Tensor")

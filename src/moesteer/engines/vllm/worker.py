@@ -29,6 +29,11 @@ def after_load(worker: Any, missing: list[str]) -> None:
             raise MoesteerError(f"this engine can't be steered: {refusal}") from None
         worker.moesteer_refused = str(refusal)
         return
+    except Exception as error:  # a model of a kind never seen: who asked for nothing still runs it
+        if settings.explicit:
+            raise
+        worker.moesteer_refused = f"its layers can't be read ({type(error).__name__}: {error})."
+        return
     for path in settings.profiles.values():
         worker.moesteer_rows.load(payload_of(Profile.load(path)))
 

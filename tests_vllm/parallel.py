@@ -1,0 +1,44 @@
+"""The testbed on several workers: `python parallel.py OUT KEY=VALUE…`, options of the engine."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from engine import steerable
+from saying import prompts
+
+from moesteer import testbed
+from moesteer.chat import TokenisedConversation
+from moesteer.engines.base import Engine, Readout, Term
+from moesteer.options import parse_options
+from moesteer.profile import Profile
+
+TEXTS = ["<|user|>How do I clean a copper lantern?<|assistant|>", "<|user|>Count to 3."] * 2
+
+
+def said_by(engine: Engine) -> dict[str, object]:
+    """Counts, and replies, evidence and readouts of several profiles at once."""
+    planted = testbed.ground_truth().behaviours["refusal"].planted
+    profiles = [None, Profile(activated=planted), Profile(deactivated=planted), None]
+    texts = [TokenisedConversation(tuple(ids), (True,) * len(ids)) for ids in prompts()]
+    generated = engine.generate(TEXTS, profiles, max_new_tokens=12)
+    readout = Readout(texts[1].ids, (Term(9, 7, 1.0), Term(17, 8, 1.0)))
+    return {
+        "counts": engine.count_selections(texts, "top-k").tolist(),
+        "probabilities": np.round(engine.count_selections(texts, "probability"), 4).tolist(),
+        "replies": generated.replies,
+        "obeyed": [[seen.layer, seen.obeyed, seen.tokens > 0] for seen in generated.evidence],
+        "read": engine.read([readout], profiles[:3]).tolist(),
+        "divergence": engine.divergence(texts[1:2], Profile(activated=planted)).tolist(),
+    }
+
+
+def main(out: str, *options: str) -> None:
+    given = parse_options(options, "engine option", "tensor_parallel_size=2")
+    with steerable("testbed", **given) as engine:
+        Path(out).write_text(json.dumps(said_by(engine)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

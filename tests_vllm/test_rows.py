@@ -345,3 +345,34 @@ def test_results_that_nobody_asks_for_are_dropped() -> None:
         rows.forget([one.id])
     assert len(rows.results) == KEPT_RESULTS
     assert next(iter(rows.results)) == "r2"
+
+
+def test_what_was_collected_leaves_nothing_behind() -> None:
+    """Or ended requests would crowd out the evidence of profiles."""
+    rows = make_rows()
+    for number in range(20):
+        one = Running(f"r{number}", 1, None, "top-k", [[0, 1]], [])
+        begin(rows, one)
+        rows.after(None)
+        assert one.key in rows.collect([one.key])
+        rows.forget([one.id])
+    assert not rows.results
+
+
+def test_a_profile_that_never_came_steers_and_proves_nothing() -> None:
+    """An engine that was started later; the request must not end it."""
+    rows = make_rows()
+    stranger = Profile(activated=((1, 3),))
+    begin(rows, request("ours"), request("theirs", stranger), tokens=2)
+    rows.after(None)
+    assert rows.tables.steering_rows[:4].tolist()[2:] == [0, 0]
+    assert set(rows.collect([PROFILES[0].fingerprint, stranger.fingerprint])) == {
+        PROFILES[0].fingerprint
+    }
+
+
+def test_two_ablations_at_one_place_are_refused_when_they_are_loaded() -> None:
+    rows = make_rows(sites())
+    one = Direction(4, "moe", "ablate", (1.0,) * HIDDEN)
+    with pytest.raises(MoesteerError, match="two directions are ablated at the moe of layer 4"):
+        rows.load(payload_of(Profile(), [one, one]))

@@ -88,6 +88,7 @@ def _load_vllm(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_LOGS", "-all")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ["MOESTEER_APART"] = "1"
     from moesteer.engines.vllm_engine import load_vllm
 
     return load_vllm(

@@ -45,12 +45,13 @@ def generate(
     seed
         Seed of sampling.
     """
-    from moesteer.generate import generate_to, read_prompts
+    from moesteer.generate import check_limits, generate_to, read_prompts
     from moesteer.report.progress import counted_progress
     from moesteer.report.terminal import evidence_lines
 
     if out is not None:
         check_out(out, file, with_)
+    check_limits(max_new_tokens, temperature, batch_size, seed)
     asked = read_prompts(prompts, file, system)
     profile = load_profile(with_)
     engine = load_engine(model, options)
@@ -97,7 +98,9 @@ def chat(
         0 is greedy.
     """
     from moesteer.chat_session import ChatSession, talk
+    from moesteer.generate import check_limits
 
+    check_limits(max_new_tokens, temperature)
     profile = load_profile(with_)
     engine = load_engine(model, options)
     talk(

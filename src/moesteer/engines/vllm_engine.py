@@ -337,8 +337,9 @@ def load_vllm(
         try:
             llm = vllm.LLM(path, revision=revision, **arguments)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise MoesteerError(f"vLLM can't run {model}: {reason}") from None
+            first = error.errors()[0]
+            where = "".join(f"{part}: " for part in first["loc"])
+            raise MoesteerError(f"vLLM can't run {model}: {where}{first['msg']}") from None
         except Exception as error:  # whatever else vLLM says of models and machines
             raise MoesteerError(f"vLLM can't run {model}: {first_line(error)}") from error
     return VllmEngine(llm, read_tokenizer(path, revision, chat_template), facts)

@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moesteer.engines.vllm.names import NAME, NAME_RULE
 from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.profile import ModelFacts, Profile, check_model
 from moesteer.serving.asgi import Answer, Receive, Scope, header, path_of, read_body, refusal
-from moesteer.serving.naming import NAME, NAME_RULE, short, unknown_name
+from moesteer.serving.naming import short, unknown_name
 from moesteer.serving.shelf import Shelf
 
 ROOT = "/v1/moesteer"

@@ -8,7 +8,6 @@ All three mean the same; two that differ are refused. A name is all that a clien
 no tensor, and none of the words by which this server and the engine talk to each other.
 """
 
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -20,9 +19,6 @@ EVIDENCE_KEY = "moesteer_key"
 
 STEERABLE = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 """The endpoints that hand `vllm_xargs` on to the engine, and whose replies can carry headers."""
-
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
-NAME_RULE = "a name has 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', '-', and no '.' in front"
 
 SHOWN_NAMES = 20
 SHOWN_LETTERS = 64

@@ -14,9 +14,11 @@ from typing import Any
 
 from moesteer.engines.checkpoint import BUNDLED, resolve
 from moesteer.engines.facts import facts_of_checkpoint
+from moesteer.engines.vllm.names import NAME, NAME_RULE
+from moesteer.engines.vllm_engine import ON_CPU
 from moesteer.errors import MoesteerError
 from moesteer.profile import ModelFacts, Profile, check_model
-from moesteer.serving.naming import NAME, NAME_RULE, short
+from moesteer.serving.naming import short
 from moesteer.serving.setup import ATTRIBUTE, Setup
 
 ADMIN_KEY = "MOESTEER_ADMIN_KEY"
@@ -51,6 +53,7 @@ def serve(
     check_args(args, setup)
     args.middleware = [MIDDLEWARE, *args.middleware]
     setattr(args, ATTRIBUTE, setup)
+    os.environ["MOESTEER_APART"] = "1"  # Ctrl-C is for the server, which ends its engine in order
     try:
         run(args)
     except SystemExit:  # how uvicorn says that the middleware could not begin
@@ -107,6 +110,7 @@ def parse(options: Sequence[str], model: str) -> Namespace:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
         from vllm.logger import configure_logging_from_args
+        from vllm.platforms import current_platform
         from vllm.utils.argparse_utils import FlexibleArgumentParser
     except ImportError as error:
         raise MoesteerError(
@@ -115,6 +119,9 @@ def parse(options: Sequence[str], model: str) -> Namespace:
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(usage=USAGE))
     served = ["--served-model-name", model] if model in BUNDLED else []
+    if current_platform.is_cpu():  # as for --engine vllm; what the user says comes later and holds
+        size = str(ON_CPU["kv_cache_memory_bytes"])
+        served += ["--enforce-eager", "--kv-cache-memory-bytes", size]
     args = parser.parse_args([resolve(model), *served, *options])
     assert args is not None  # as its annotation has it
     args.model = args.model_tag

@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 def load_profile(llm: Any, name: str, profile: "Profile | str | Path") -> None:
     """Make a profile (or its file) known to a `vllm.LLM` under a name.
 
-    Raises MoesteerError where the engine can't be steered, or the profile does not fit its model.
+    Raises MoesteerError where the engine can't be steered, the profile does not fit its model, or
+    the name is no name.
     """
+    from moesteer.engines.vllm.names import NAME, NAME_RULE
     from moesteer.profile import Profile, check_model
 
+    if not (isinstance(name, str) and NAME.fullmatch(name)):
+        raise MoesteerError(f"{name!r} can't name a profile: {NAME_RULE}.")
     check_steerable(llm)
     loaded = profile if isinstance(profile, Profile) else Profile.load(profile)
     check_model(loaded, _facts_of(llm))

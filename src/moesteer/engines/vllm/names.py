@@ -6,6 +6,7 @@ is told apart: blocks computed under one profile must not serve another. So a re
 the profile that it began with, whatever its name comes to mean later.
 """
 
+import re
 from typing import Any
 
 from moesteer.engines.vllm.settings import KEY, settings_of
@@ -14,6 +15,9 @@ from moesteer.profile import ModelFacts, Profile, check_model
 EVIDENCE_KEY = "moesteer_key"
 COUNT = "moesteer_count"
 KEEP = "moesteer_keep"
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+NAME_RULE = "a name has 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', '-', and no '.' in front"
+
 SHOWN_NAMES = 20
 SHOWN_LETTERS = 64
 

@@ -15,6 +15,7 @@ unsteerable, with the reason; it breaks nothing else.
 """
 
 import functools
+import multiprocessing
 import os
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 
 DISABLE = "MOESTEER_DISABLE"
+APART = "MOESTEER_APART"
+"""Set by our commands: vLLM's processes leave the terminal's process group."""
 
 _registered = False
 
@@ -32,6 +35,8 @@ def register() -> None:
     if _registered or os.environ.get(DISABLE, "0") not in ("", "0"):
         return
     _registered = True
+    if APART in os.environ and multiprocessing.parent_process() is not None:
+        os.setpgrp()  # so that Ctrl-C reaches the command alone, which ends them
     missing: list[str] = []
     for patch in (_patch_runner, _patch_v1, _patch_v2, _patch_frontend, _patch_hash):
         try:

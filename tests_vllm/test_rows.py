@@ -179,8 +179,8 @@ class Simulation:
                 activated, deactivated = profile.experts_of(shape.layer)
                 assert tables.activated[number, row].nonzero().flatten().tolist() == activated
                 assert tables.deactivated[number, row].nonzero().flatten().tolist() == deactivated
-                if activated or deactivated:
-                    assert number in tables.steered_layers
+                assert not activated or number in tables.lifted_layers
+                assert not deactivated or number in tables.lowered_layers
             if profile.steered_layers:
                 assert bool(tables.paper[row]) == (profile.rule == "paper")
                 assert float(tables.dose[row]) == profile.dose
@@ -288,7 +288,7 @@ def test_a_batch_without_ours_leaves_no_row_behind() -> None:
     begin(rows, request("other", None), tokens=2)
     assert not rows.tables.steering_rows.any()
     assert not rows.tables.counting_rows.any()
-    assert not rows.tables.steered_layers
+    assert not rows.tables.lifted_layers | rows.tables.lowered_layers
     assert not rows.tables.any_counted
 
 

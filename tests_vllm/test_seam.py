@@ -40,7 +40,7 @@ def make_layer(selection: Selection | None = None, *, static: bool = False) -> R
         tables.promised[row] = profile.rule == "exact" and profile.dose == 1
         tables.paper[row] = profile.rule == "paper"
         tables.dose[row] = profile.dose
-    tables.steered_layers = frozenset([0])
+    tables.lifted_layers = tables.lowered_layers = frozenset([0])
     tables.any_paper = tables.any_partial = tables.any_counted = True
     return RoutedLayer(0, SHAPE, tables, selection)
 
@@ -83,7 +83,7 @@ def test_each_token_is_steered_by_its_row(width: int, static: bool) -> None:
 
 def test_a_layer_that_nobody_steers_costs_nothing() -> None:
     layer = make_layer()
-    layer.tables.steered_layers = frozenset()
+    layer.tables.lifted_layers = layer.tables.lowered_layers = frozenset()
     z = logits()
     assert layer.steer(z) is z
 

@@ -36,13 +36,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What a profile does, and its masks [layer, expert] on the device, ready to be a row; `layers`
-    are the numbers of those it steers."""
+    """What a profile does, and its masks [layer, expert] on the device, ready to be a row; `lifted`
+    and `lowered` are the numbers of the layers where it activates and deactivates experts."""
 
     does: Intervention
     activated: Tensor
     deactivated: Tensor
-    layers: frozenset[int]
+    lifted: frozenset[int]
+    lowered: frozenset[int]
 
 
 @dataclass
@@ -189,7 +190,8 @@ class Rows:
             self._tell(self.directed.rows, directing)
         self._filled = total
         profiles = {id(r.profile): r.profile for r in batch if r and r.profile}.values()
-        tables.steered_layers = frozenset().union(*(p.layers for p in profiles))
+        tables.lifted_layers = frozenset().union(*(p.lifted for p in profiles))
+        tables.lowered_layers = frozenset().union(*(p.lowered for p in profiles))
         tables.any_paper = any(p.does.experts.rule == "paper" for p in profiles)
         tables.any_partial = any(p.does.experts.dose != 1 for p in profiles)
         tables.any_counted = bool(counting.any())
@@ -282,9 +284,11 @@ class Rows:
                 if layer in numbers:  # else another worker's
                     mask[numbers[layer], expert] = True
             masks.append(mask.to(self.tables.activated.device))
-        steered = does.experts.steered_layers
-        layers = frozenset(numbers[n] for n in steered if n in numbers)
-        return Known(does, masks[0], masks[1], layers)
+        lifted, lowered = (
+            frozenset(numbers[layer] for layer, _ in experts if layer in numbers)
+            for experts in (does.experts.activated, does.experts.deactivated)
+        )
+        return Known(does, masks[0], masks[1], lifted, lowered)
 
     def _tell(self, table: Tensor, rows: np.ndarray) -> None:
         """Write the rows of the step's tokens, without waiting for the step before to end."""
@@ -371,7 +375,7 @@ class Rows:
             if self.directed is not None:
                 self.directed.rows[: self._filled].zero_()
             self._filled = 0
-        tables.steered_layers = frozenset()
+        tables.lifted_layers = tables.lowered_layers = frozenset()
         tables.any_counted = tables.any_paper = tables.any_partial = False
         tables.any_probability = False
 

@@ -54,14 +54,16 @@ class RoutedLayer:
         if tables.any_probability:
             counting = tables.counting_rows[: logits.shape[0]]
             self.probability.index_add_(0, counting, routed.float().softmax(-1))
-        if not tables.static and self.number not in tables.steered_layers:
+        lifts = tables.static or self.number in tables.lifted_layers
+        lowers = tables.static or self.number in tables.lowered_layers
+        if not (lifts or lowers):
             return logits
         rows = tables.steering_rows[: logits.shape[0]]
         steered = self.rewrite(
             routed,
             rows,
-            self.activated,
-            self.deactivated,
+            self.activated if lifts else None,
+            self.deactivated if lowers else None,
             tables.paper if tables.static or tables.any_paper else None,
             tables.dose if tables.static or tables.any_partial else None,
         )
@@ -82,7 +84,9 @@ class RoutedLayer:
         """What the router chose, guarded, and recorded on the way."""
         tables = self.tables
         if self.selection is not None and (
-            tables.static or self.number in tables.steered_layers or self.gathered is not None
+            tables.static
+            or self.number in tables.lifted_layers | tables.lowered_layers
+            or self.gathered is not None
         ):
             forced, forbidden = self.gathered or self.masks(ids.shape[0])
             ours, index = self.selection.select(logits[:, : self.shape.experts], forced, forbidden)
@@ -107,16 +111,16 @@ class RoutedLayer:
 def rewrite(
     logits: Float[Tensor, "token expert"],
     rows: Int[Tensor, " token"],
-    activated: Bool[Tensor, "row expert"],
-    deactivated: Bool[Tensor, "row expert"],
+    activated: Bool[Tensor, "row expert"] | None,
+    deactivated: Bool[Tensor, "row expert"] | None,
     paper: Bool[Tensor, "row 1"] | None,
     dose: Float[Tensor, "row 1"] | None,
 ) -> Float[Tensor, "token expert"]:
-    """`rewritten_logits` with each token's masks taken from its row."""
+    """`rewritten_logits` with each token's masks taken from its row; None names no expert."""
     return rewritten_logits(
         logits,
-        activated[rows],
-        deactivated[rows],
+        None if activated is None else activated[rows],
+        None if deactivated is None else deactivated[rows],
         paper=None if paper is None else paper[rows],
         dose=None if dose is None else dose[rows].to(logits.dtype),
     )

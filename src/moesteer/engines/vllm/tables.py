@@ -54,5 +54,6 @@ class Tables:
         self.probability = zeros(rows, number, experts, dtype=torch.float32)
         self.tokens = zeros(rows, dtype=torch.int32)
         # What the running batch needs
-        self.steered_layers: frozenset[int] = frozenset()
+        self.lifted_layers: frozenset[int] = frozenset()
+        self.lowered_layers: frozenset[int] = frozenset()
         self.any_counted = self.any_paper = self.any_partial = self.any_probability = False

@@ -25,6 +25,8 @@ CHECKED = [
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 
+pytest_plugins = ["as_user"]  # fixtures that run commands
+
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{{ opening | default('') }}{% endif %}"

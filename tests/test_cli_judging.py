@@ -6,47 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moesteer.cli import main
+from as_user import Run
 from moesteer.evaluation.cards import SHIPPED, all_cards
-
-Run = Callable[..., tuple[object, str, str]]
-
-
-@pytest.fixture
-def run(
-    in_tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Run:
-    """Run a command in a folder of its own: what it exits with, and what it says."""
-
-    def run(*arguments: str) -> tuple[object, str, str]:
-        monkeypatch.setattr("sys.argv", ["moesteer", *arguments])
-        capsys.readouterr()
-        code: object = 0
-        try:
-            main(list(arguments))
-        except SystemExit as stop:
-            code = stop.code
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
-
-
-@pytest.fixture
-def refused(run: Run, in_tmp_path: Path) -> Callable[..., str]:
-    """Run a command that must fail in the user's words: exit 2, one message, nothing written."""
-
-    def refused(*arguments: str) -> str:
-        before = sorted(in_tmp_path.rglob("*"))
-        code, out, err = run(*arguments)
-        assert code == 2
-        assert out == ""
-        assert err.startswith("moesteer: ")
-        assert "Traceback" not in err
-        assert sorted(in_tmp_path.rglob("*")) == before
-        return err
-
-    return refused
 
 
 def test_tasks(run: Run):
@@ -87,14 +48,14 @@ def test_one_task_whole(run: Run, name: str):
 
 
 def test_no_such_task(refused: Callable[..., str]):
-    assert "there is no task 'towns'" in refused("tasks", "towns")
-    assert "there is no task 'towns'" in refused("judge", "check", "towns")
+    assert "there is no task 'towns'" in refused("tasks", "towns").err
+    assert "there is no task 'towns'" in refused("judge", "check", "towns").err
 
 
 def test_a_bad_card(refused: Callable[..., str]):
     text = (SHIPPED / "mctest.toml").read_text()
     Path("mine.toml").write_text(text.replace("title =", "titel ="))
-    said = refused("tasks", "mine.toml")
+    said = refused("tasks", "mine.toml").err
     assert "mine.toml: missing key 'title'; unknown key 'titel'; a record has name, title" in said
 
 
@@ -140,10 +101,10 @@ def test_judge_check_warns_of_a_blind_judge(run: Run):
 
 
 def test_judge_check_without_gold(refused: Callable[..., str]):
-    said = refused("judge", "check", "mquake")
+    said = refused("judge", "check", "mquake").err
     assert "give some with --gold FILE" in said
     assert "context, question, answer, reply, outcome" in said
-    assert "nope.jsonl" in refused("judge", "check", "mquake", "--gold", "nope.jsonl")
+    assert "nope.jsonl" in refused("judge", "check", "mquake", "--gold", "nope.jsonl").err
 
 
 def test_judge_check_of_a_judge_that_can_not_be_had(
@@ -151,11 +112,11 @@ def test_judge_check_of_a_judge_that_can_not_be_had(
 ):
     monkeypatch.delenv("MOESTEER_JUDGE_URL", raising=False)
     Path("gold.jsonl").write_text('{"prompt": "a", "reply": "b", "outcome": "fluent"}\n')
-    said = refused("judge", "check", "fluency", "--gold", "gold.jsonl")
+    said = refused("judge", "check", "fluency", "--gold", "gold.jsonl").err
     assert "MOESTEER_JUDGE_URL" in said
 
 
 def test_judge_check_into_something_else(refused: Callable[..., str]):
     Path("full").mkdir()
     Path("full/x").write_text("x")
-    assert "full holds x" in refused("judge", "check", "testbed-facts", "--out", "full")
+    assert "full holds x" in refused("judge", "check", "testbed-facts", "--out", "full").err

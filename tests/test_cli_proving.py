@@ -1,18 +1,15 @@
 """`moesteer evaluate` and `moesteer search` as a user meets them."""
 
-import io
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from moesteer.cli import main
+from as_user import Run
 from moesteer.evaluation.comparison import Comparison
 from moesteer.evaluation.search import SearchResult
 from moesteer.profile import Profile
@@ -41,37 +38,11 @@ otherwise = "no"
 """
 
 
-@dataclass(frozen=True)
-class Said:
-    code: object
-    out: str
-    err: str
-
-
-Run = Callable[..., Said]
-
-
-@pytest.fixture
-def run(
-    in_tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Run:
-    """Run a command in a folder of its own, which holds a profile of the testbed."""
+@pytest.fixture(autouse=True)
+def planted(in_tmp_path: Path) -> None:
+    """A profile of the testbed, where the commands run."""
     planted = ground_truth().behaviours["document"].planted
     Profile(activated=planted, toward="a", name="planted").save("planted.safetensors")
-
-    def run(*arguments: object) -> Said:
-        monkeypatch.setattr("sys.stdin", io.StringIO(""))
-        monkeypatch.setattr("sys.argv", ["moesteer", *map(str, arguments)])
-        capsys.readouterr()
-        code: object = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return Said(code, captured.out, captured.err)
-
-    return run
 
 
 EVALUATE = "evaluate testbed --with planted.safetensors --out out --seeds 1 --limit 8".split()

@@ -9,7 +9,7 @@ from models import everywhere_profile, random_model, spread_profile, testbed
 from paired import Figure, Ratio, relative_speed
 from transformers import PreTrainedModel, StaticCache
 
-from moesteer.engines.steering import steer
+from moesteer.engines.transformers.steering import steer
 from moesteer.engines.transformers_engine import TransformersEngine
 from moesteer.profile import Profile
 

@@ -14,7 +14,7 @@ from paired import Figure, Ratio, relative_speed
 from straightforward import count_token_by_token
 from torch import Tensor
 
-from moesteer.engines.seam import SelectionCounts
+from moesteer.engines.transformers.seam import SelectionCounts
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 TOKENS, BATCH = 20_000, 2_000

@@ -9,7 +9,7 @@ from models import everywhere_profile, planted_profile, random_model, spread_pro
 from paired import Figure, Ratio, relative_speed
 from straightforward import plain_hooks
 
-from moesteer.engines.steering import steer
+from moesteer.engines.transformers.steering import steer
 from moesteer.engines.transformers_engine import TransformersEngine
 
 PROMPT_TOKENS = 24

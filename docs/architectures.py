@@ -10,9 +10,9 @@ from pathlib import Path
 
 import transformers
 
-from moesteer.engines.routers import describe
-from moesteer.engines.steering import checked_layers
 from moesteer.engines.tiny import moe_model_types, tiny_model
+from moesteer.engines.transformers.routers import describe
+from moesteer.engines.transformers.steering import checked_layers
 from moesteer.errors import MoesteerError
 
 PAGE = Path(__file__).with_name("architectures.md")

@@ -16,9 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CHECKED = [
     "moesteer.rules",
     "moesteer.detection",
-    "moesteer.engines.seam",
-    "moesteer.engines.readouts",
-    "moesteer.engines.gates",
+    "moesteer.engines.transformers.seam",
+    "moesteer.engines.transformers.reading",
+    "moesteer.engines.transformers.gates",
     "moesteer.evaluation.comparison",
     "moesteer.evaluation.drift",
     "moesteer.published_rankings",

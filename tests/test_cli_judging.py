@@ -1,7 +1,6 @@
 """The commands about tasks and their judges, as a user meets them."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,12 +46,12 @@ def test_one_task_whole(run: Run, name: str):
         assert change.mode in shown
 
 
-def test_no_such_task(refused: Callable[..., str]):
+def test_no_such_task(refused: Run):
     assert "there is no task 'towns'" in refused("tasks", "towns").err
     assert "there is no task 'towns'" in refused("judge", "check", "towns").err
 
 
-def test_a_bad_card(refused: Callable[..., str]):
+def test_a_bad_card(refused: Run):
     text = (SHIPPED / "mctest.toml").read_text()
     Path("mine.toml").write_text(text.replace("title =", "titel ="))
     said = refused("tasks", "mine.toml").err
@@ -100,23 +99,21 @@ def test_judge_check_warns_of_a_blind_judge(run: Run):
         assert f"its judge sees {mode} in 0 of 9, no better than a guess among 2 outcomes" in err
 
 
-def test_judge_check_without_gold(refused: Callable[..., str]):
+def test_judge_check_without_gold(refused: Run):
     said = refused("judge", "check", "mquake").err
     assert "give some with --gold FILE" in said
     assert "context, question, answer, reply, outcome" in said
     assert "nope.jsonl" in refused("judge", "check", "mquake", "--gold", "nope.jsonl").err
 
 
-def test_judge_check_of_a_judge_that_can_not_be_had(
-    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-):
+def test_judge_check_of_a_judge_that_can_not_be_had(refused: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MOESTEER_JUDGE_URL", raising=False)
     Path("gold.jsonl").write_text('{"prompt": "a", "reply": "b", "outcome": "fluent"}\n')
     said = refused("judge", "check", "fluency", "--gold", "gold.jsonl").err
     assert "MOESTEER_JUDGE_URL" in said
 
 
-def test_judge_check_into_something_else(refused: Callable[..., str]):
+def test_judge_check_into_something_else(refused: Run):
     Path("full").mkdir()
     Path("full/x").write_text("x")
     assert "full holds x" in refused("judge", "check", "testbed-facts", "--out", "full").err

@@ -10,7 +10,8 @@ from saying import prompts
 
 from moesteer import testbed
 from moesteer.chat import TokenisedConversation
-from moesteer.engines.base import Engine, Readout, Term
+from moesteer.engines.base import Engine
+from moesteer.engines.readouts import Readout, Term
 from moesteer.options import parse_options
 from moesteer.profile import Profile
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from moesteer.engines.steering import steer
+from moesteer.engines.transformers.steering import steer
 from moesteer.profile import Profile
 
 NEW_TOKENS = 16

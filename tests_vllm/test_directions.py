@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from moesteer import testbed
-from moesteer.engines.steering import steer
+from moesteer.engines.transformers.steering import steer
 from moesteer.engines.vllm import names_of
 from moesteer.engines.vllm.directions import Direction, Operation, Place, Window
 from moesteer.engines.vllm.payload import payload_of

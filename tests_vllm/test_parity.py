@@ -21,7 +21,8 @@ from saying import NEW_TOKENS, Said, prompts, transformers_says, vllm_says
 from torch import Tensor
 
 from moesteer.chat import TokenisedConversation
-from moesteer.engines.base import Counted, Readout, Term
+from moesteer.engines.base import Counted
+from moesteer.engines.readouts import Readout, Term
 from moesteer.engines.transformers_engine import TransformersEngine, load_transformers
 from moesteer.engines.vllm import evidence, load_profile, remove_profile
 from moesteer.engines.vllm_engine import VllmEngine

@@ -16,7 +16,8 @@ from moesteer.contrast import read_pairs
 from moesteer.detection.comparing import measurement
 from moesteer.detection.detect import detect
 from moesteer.detection.knocking import knock
-from moesteer.engines.base import Engine, Readout, Term
+from moesteer.engines.base import Engine
+from moesteer.engines.readouts import Readout, Term
 from moesteer.engines.transformers_engine import TransformersEngine, load_transformers
 from moesteer.engines.vllm.rows import KEPT_RESULTS
 from moesteer.engines.vllm_engine import VllmEngine

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moesteer.contrast import ContrastPair, read_pairs
     from moesteer.detection.detect import detect
     from moesteer.detection.selecting import select_experts as select
-    from moesteer.engines.steering import Steering, steer
+    from moesteer.engines.transformers.steering import Steering, steer
     from moesteer.engines.transformers_engine import TransformersEngine
     from moesteer.engines.transformers_engine import load_transformers as load
     from moesteer.engines.vllm_engine import VllmEngine, load_vllm
@@ -35,8 +35,8 @@ _HOME = {
     "read_pairs": "moesteer.contrast:read_pairs",
     "detect": "moesteer.detection.detect:detect",
     "select": "moesteer.detection.selecting:select_experts",
-    "Steering": "moesteer.engines.steering:Steering",
-    "steer": "moesteer.engines.steering:steer",
+    "Steering": "moesteer.engines.transformers.steering:Steering",
+    "steer": "moesteer.engines.transformers.steering:steer",
     "TransformersEngine": "moesteer.engines.transformers_engine:TransformersEngine",
     "load": "moesteer.engines.transformers_engine:load_transformers",
     "VllmEngine": "moesteer.engines.vllm_engine:VllmEngine",

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from moesteer.engines.checkpoint import read_config, resolve, without_weights
-from moesteer.engines.routers import find_routers
-from moesteer.engines.steering import checked_layers
 from moesteer.engines.tiny import tiny_model
+from moesteer.engines.transformers.routers import find_routers
+from moesteer.engines.transformers.steering import checked_layers
 from moesteer.engines.transformers_engine import load_transformers
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

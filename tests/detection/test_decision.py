@@ -6,7 +6,7 @@ import pytest
 from moesteer.chat import TokenisedConversation, TokenisedPair, tokenise_pairs
 from moesteer.contrast import parse_pair, read_pairs
 from moesteer.detection.decision import pair_readouts, side_readout, summed_by_pair
-from moesteer.engines.base import Readout, Term
+from moesteer.engines.readouts import Readout, Term
 from moesteer.engines.transformers_engine import load_transformers
 from moesteer.errors import MoesteerError
 from moesteer.testbed.evaluate import encode, parting, render

@@ -12,7 +12,7 @@ from moesteer.chat import tokenise_pairs
 from moesteer.contrast import read_pairs
 from moesteer.detection.decision import pair_readouts
 from moesteer.detection.gate_gradient import gate_gradient
-from moesteer.engines.base import Readout
+from moesteer.engines.readouts import Readout
 from moesteer.engines.transformers_engine import load_transformers
 from moesteer.errors import MoesteerError
 from moesteer.testbed import ground_truth

@@ -13,7 +13,7 @@ from moesteer.chat import tokenise_pairs
 from moesteer.contrast import read_pairs
 from moesteer.detection.decision import pair_readouts
 from moesteer.detection.knocking import knock, knocking_cost, layers_to_enter
-from moesteer.engines.base import Readout, Term
+from moesteer.engines.readouts import Readout, Term
 from moesteer.engines.transformers_engine import load_transformers
 from moesteer.errors import MoesteerError
 from moesteer.profile import LayerShape, Profile

@@ -10,8 +10,8 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 from torch.testing import assert_close
 
-from moesteer.engines.steering import checked_layers, steer
 from moesteer.engines.tiny import tiny_model
+from moesteer.engines.transformers.steering import checked_layers, steer
 from moesteer.profile import Profile
 
 

@@ -26,10 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moesteer.engines.evidence import LayerEvidence
-from moesteer.engines.routers import MoELayer
-from moesteer.engines.seam import Rows, SteeredLayer
-from moesteer.engines.steering import checked_layers, steer
 from moesteer.engines.tiny import moe_model_types, tiny_model
+from moesteer.engines.transformers.routers import MoELayer
+from moesteer.engines.transformers.seam import Rows, SteeredLayer
+from moesteer.engines.transformers.steering import checked_layers, steer
 from moesteer.errors import DidNotFire, MoesteerError
 from moesteer.profile import Expert, Profile
 

@@ -22,11 +22,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moesteer.engines.checkpoint import without_weights
 from moesteer.engines.facts import facts_of_checkpoint
-from moesteer.engines.routers import trace_layers
-from moesteer.engines.steering import layer_shapes
 from moesteer.engines.tiny import tiny_config, tiny_model
+from moesteer.engines.transformers.routers import trace_layers
+from moesteer.engines.transformers.steering import layer_shapes
+from moesteer.engines.transformers.weightless import trace_without_weights
 from moesteer.engines.transformers_engine import load_transformers
-from moesteer.engines.weightless import trace_without_weights
 from moesteer.errors import MoesteerError
 from moesteer.profile import ModelFacts, Profile, check_model
 from moesteer.testbed import model_path

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_readouts import TYPES, attached, engine, made_profiles, made_readouts
+from test_reading import TYPES, attached, engine, made_profiles, made_readouts
 from torch import Tensor
 
 from moesteer.chat import TokenisedConversation
-from moesteer.engines import gates
-from moesteer.engines.base import Readout
+from moesteer.engines.readouts import Readout
+from moesteer.engines.transformers import gates, reading
 from moesteer.engines.transformers_engine import TransformersEngine
 from moesteer.errors import MoesteerError
 
@@ -110,7 +110,7 @@ def test_gradients_do_not_depend_on_the_batch(name: str, monkeypatch: pytest.Mon
     assert not together[5].any()
     monkeypatch.setattr(gates, "BATCH_TOKENS", 1)
     np.testing.assert_allclose(e.gate_gradients(readouts), together, atol=1e-5)
-    monkeypatch.setattr("moesteer.engines.readouts.BATCH_LOGITS", 3 * 128)  # texts in pieces
+    monkeypatch.setattr(reading, "BATCH_LOGITS", 3 * 128)  # texts in pieces
     np.testing.assert_allclose(e.gate_gradients(readouts), together, atol=1e-5)
 
 

@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_readouts import attached, engine, expected, made_readouts
+from test_reading import attached, engine, expected, made_readouts
 from torch import Tensor
 
-from moesteer.engines.replay import Replay
-from moesteer.engines.steering import checked_layers
 from moesteer.engines.tiny import tiny_model
+from moesteer.engines.transformers import reading
+from moesteer.engines.transformers.replay import Replay
+from moesteer.engines.transformers.steering import checked_layers
 from moesteer.engines.transformers_engine import TransformersEngine
 from moesteer.profile import Profile
 
@@ -35,7 +36,7 @@ def of_layer(layer: int) -> list[Profile | None]:
 
 
 def test_lower_layers_run_once_for_all_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moesteer.engines.readouts.BATCH_TOKENS", 60)  # a batch a profile
+    monkeypatch.setattr(reading, "BATCH_TOKENS", 60)  # a batch a profile
     e = engine("qwen3_moe")
     e.read(made_readouts(), of_layer(2))  # tries layer 2 out
     assert runs_of_layer(e, of_layer(2)) == 1

@@ -9,9 +9,9 @@ from oracle import ROUTINGS, Steered, layer_number, routed, watch
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moesteer.engines.routers import find_routers
-from moesteer.engines.steering import checked_layers, steer
 from moesteer.engines.tiny import tiny_model
+from moesteer.engines.transformers.routers import find_routers
+from moesteer.engines.transformers.steering import checked_layers, steer
 from moesteer.profile import Profile
 
 CASES = [

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from oracle import Parameters, softmax, watch
-from test_readouts import TYPES, attached, engine
+from test_reading import TYPES, attached, engine
 
 from moesteer.chat import TokenisedConversation
-from moesteer.engines.seam import observe_logits
-from moesteer.engines.steering import steer
+from moesteer.engines.transformers.seam import observe_logits
+from moesteer.engines.transformers.steering import steer
 from moesteer.profile import Profile
 
 LOGITS: dict[str, Any] = {

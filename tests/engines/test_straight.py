@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moesteer.engines.routers import Router, find_routers, trace_layers
-from moesteer.engines.straight import StraightRouter
 from moesteer.engines.tiny import moe_model_types, tiny_model
+from moesteer.engines.transformers.routers import Router, find_routers, trace_layers
+from moesteer.engines.transformers.straight import StraightRouter
 
 REFUSED = {"doge", "jetmoe"}
 TYPES = [name for name in moe_model_types() if name not in REFUSED]

@@ -18,8 +18,8 @@ from moesteer.chat import TokenisedConversation, render_prompt
 from moesteer.contrast import Message
 from moesteer.engines.base import Counted
 from moesteer.engines.evidence import LayerEvidence, summed
-from moesteer.engines.steering import steer
 from moesteer.engines.tiny import tiny_model
+from moesteer.engines.transformers.steering import steer
 from moesteer.engines.transformers_engine import TransformersEngine, load_transformers
 from moesteer.errors import MoesteerError
 from moesteer.profile import Profile

@@ -31,7 +31,8 @@ from moesteer.profile import Expert, LayerShape, Profile, Scores
 from moesteer.records import Record, Text, check_record, read_records
 
 if TYPE_CHECKING:
-    from moesteer.engines.base import Engine, Readout
+    from moesteer.engines.base import Engine
+    from moesteer.engines.readouts import Readout
     from moesteer.runs import Run
     from moesteer.testbed import PlantedBehaviour
 

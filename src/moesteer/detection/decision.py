@@ -20,8 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moesteer.chat import TokenisedConversation, TokenisedPair
-from moesteer.engines.base import Readout, Term
-from moesteer.engines.readouts import mean_log_probability
+from moesteer.engines.readouts import Readout, Term, mean_log_probability
 from moesteer.errors import MoesteerError
 
 Over = Literal["decision", "span"]

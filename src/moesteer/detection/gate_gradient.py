@@ -22,7 +22,8 @@ from jaxtyping import Float
 from moesteer.errors import MoesteerError
 
 if TYPE_CHECKING:
-    from moesteer.engines.base import Engine, Readout
+    from moesteer.engines.base import Engine
+from moesteer.engines.readouts import Readout
 
 
 def gate_gradient(

@@ -28,7 +28,8 @@ from moesteer.errors import MoesteerError
 from moesteer.profile import LayerShape, Profile
 
 if TYPE_CHECKING:
-    from moesteer.engines.base import Engine, Readout
+    from moesteer.engines.base import Engine
+    from moesteer.engines.readouts import Readout
     from moesteer.runs import Run
 
 MANY_EXPERTS = 1000

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from jaxtyping import Float, Num
 
 from moesteer.engines.evidence import LayerEvidence
+from moesteer.engines.readouts import Readout
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,28 +19,6 @@ if TYPE_CHECKING:
 Counted = Literal["top-k", "top-1", "probability"]
 """What counts on a target token: that the expert is among its k, that it has the largest weight, or
 how probable it is (softmax of the router's logits over all experts, whatever the router does)."""
-
-
-@dataclass(frozen=True)
-class Term:
-    """`weight` · log P(`token` | the tokens before `position`), in nats; position 0 has none."""
-
-    position: int
-    token: int
-    weight: float
-
-
-@dataclass(frozen=True)
-class Readout:
-    """A number to read off one text: the sum of its terms.
-
-    The log-odds of two words after a context, the mean log-probability of a reply, a perplexity:
-    all are sums of weighted log-probabilities. A term's position is at most `len(ids)`: the token
-    that would come next.
-    """
-
-    ids: tuple[int, ...]
-    terms: tuple[Term, ...]
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from moesteer.engines.checkpoint import (
     weight_files,
     without_weights,
 )
-from moesteer.engines.routers import MoELayer
-from moesteer.engines.steering import layer_shapes
 from moesteer.engines.stored_weights import StoredWeights, stored_dtype
-from moesteer.engines.weightless import trace_without_weights
+from moesteer.engines.transformers.routers import MoELayer
+from moesteer.engines.transformers.steering import layer_shapes
+from moesteer.engines.transformers.weightless import trace_without_weights
 from moesteer.profile import ModelFacts
 
 HASHED_CONFIG = (

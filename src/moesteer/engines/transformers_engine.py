@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesteer.chat import TokenisedConversation
-from moesteer.engines.base import Counted, Generation, Readout
+from moesteer.engines.base import Counted, Generation
 from moesteer.engines.checkpoint import (
     commit_of,
     read_config,
@@ -21,20 +21,19 @@ from moesteer.engines.checkpoint import (
 )
 from moesteer.engines.evidence import LayerEvidence, summed
 from moesteer.engines.facts import facts_of_model
-from moesteer.engines.gates import gate_gradients
 from moesteer.engines.prompts import check_lengths, one_each
-from moesteer.engines.readouts import (
-    check_readouts,
-    divergence,
-    mean_log_probability,
-    padded,
-    read,
-    vocabulary_of,
+from moesteer.engines.readouts import Readout, check_readouts, mean_log_probability
+from moesteer.engines.transformers.gates import gate_gradients
+from moesteer.engines.transformers.reading import divergence, padded, read, vocabulary_of
+from moesteer.engines.transformers.replay import Replay
+from moesteer.engines.transformers.routers import MoELayer, find_routers, input_device
+from moesteer.engines.transformers.seam import (
+    ProbabilitySums,
+    SelectionCounts,
+    observe,
+    observe_logits,
 )
-from moesteer.engines.replay import Replay
-from moesteer.engines.routers import MoELayer, find_routers, input_device
-from moesteer.engines.seam import ProbabilitySums, SelectionCounts, observe, observe_logits
-from moesteer.engines.steering import UNSTEERED, checked_layers, steer
+from moesteer.engines.transformers.steering import UNSTEERED, checked_layers, steer
 from moesteer.errors import MoesteerError
 from moesteer.profile import Profile, check_model
 from moesteer.records import first_line

@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from moesteer.chat import TokenisedConversation
-from moesteer.engines.base import Counted, Generation, Readout
+from moesteer.engines.base import Counted, Generation
 from moesteer.engines.checkpoint import read_tokenizer, resolve
 from moesteer.engines.evidence import LayerEvidence, check_fired
 from moesteer.engines.facts import facts_of_checkpoint
 from moesteer.engines.prompts import check_lengths, one_each
-from moesteer.engines.readouts import check_readouts, mean_log_probability
+from moesteer.engines.readouts import Readout, check_readouts, mean_log_probability
 from moesteer.engines.vllm import names_of, send_profile
 from moesteer.engines.vllm.collected import check_described, evidence_of, merged
 from moesteer.engines.vllm.names import COUNT, EVIDENCE_KEY, KEEP

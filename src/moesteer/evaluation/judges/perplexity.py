@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from moesteer.chat import render_prompt
-from moesteer.engines.base import Readout, Term
+from moesteer.engines.readouts import Readout, Term
 from moesteer.errors import MoesteerError
 from moesteer.evaluation.judges.base import Context, Settings
 from moesteer.evaluation.task import Item, Judge, Verdict

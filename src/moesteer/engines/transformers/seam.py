@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moesteer.engines.evidence import is_guarded
-from moesteer.engines.routers import (
+from moesteer.engines.transformers.routers import (
     LINEAR_MAPS,
     TOP_K,
     MoELayer,
@@ -31,7 +31,7 @@ from moesteer.engines.routers import (
     top_k_scores,
     wrap_forward,
 )
-from moesteer.engines.straight import StraightRouter
+from moesteer.engines.transformers.straight import StraightRouter
 from moesteer.errors import MoesteerError
 from moesteer.profile import Profile
 from moesteer.rules import guard_bounds, rewritten_logits

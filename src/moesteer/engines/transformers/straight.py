@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from moesteer.engines.routers import LINEAR_MAPS, TOP_K, Router
+from moesteer.engines.transformers.routers import LINEAR_MAPS, TOP_K, Router
 
 _LINEAR_METHODS = {function.__name__ for function in LINEAR_MAPS}
 

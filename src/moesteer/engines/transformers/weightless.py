@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from moesteer.engines.routers import (
+from moesteer.engines.transformers.routers import (
     MoELayer,
     describe,
     find_routers,

@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moesteer.engines.base import Readout
-from moesteer.engines.readouts import batches, log_probabilities, most_terms, split
-from moesteer.engines.routers import MoELayer, describe, selection
-from moesteer.engines.seam import Undo
+from moesteer.engines.readouts import Readout
+from moesteer.engines.transformers.reading import batches, log_probabilities, most_terms, split
+from moesteer.engines.transformers.routers import MoELayer, describe, selection
+from moesteer.engines.transformers.seam import Undo
 from moesteer.errors import MoesteerError
 
 BATCH_TOKENS = 2048

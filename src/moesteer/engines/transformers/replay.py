@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moesteer.engines.routers import MoELayer, dummy_tokens, replace_forward
+from moesteer.engines.transformers.routers import MoELayer, dummy_tokens, replace_forward
 
 
 class Replay:

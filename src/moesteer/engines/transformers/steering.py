@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from moesteer.engines.evidence import LayerEvidence, check_fired
-from moesteer.engines.routers import MoELayer, describe, forward_dummy, trace_layers
-from moesteer.engines.seam import Rows, SelectionCounts, SteeredLayer, Undo, observe
+from moesteer.engines.transformers.routers import MoELayer, describe, forward_dummy, trace_layers
+from moesteer.engines.transformers.seam import Rows, SelectionCounts, SteeredLayer, Undo, observe
 from moesteer.errors import DidNotFire, MoesteerError
 from moesteer.profile import Expert, LayerShape, Profile, check_fits
 

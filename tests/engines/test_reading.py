@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from moesteer.chat import TokenisedConversation
-from moesteer.engines import readouts as module
-from moesteer.engines.base import Readout, Term
-from moesteer.engines.readouts import mean_log_probability, split
-from moesteer.engines.seam import SteeredLayer
-from moesteer.engines.steering import steer
+from moesteer.engines.readouts import Readout, Term, mean_log_probability
 from moesteer.engines.tiny import moe_model_types, tiny_model
+from moesteer.engines.transformers import reading as module
+from moesteer.engines.transformers.reading import split
+from moesteer.engines.transformers.seam import SteeredLayer
+from moesteer.engines.transformers.steering import steer
 from moesteer.engines.transformers_engine import TransformersEngine
 from moesteer.errors import DidNotFire, MoesteerError
 from moesteer.profile import Profile

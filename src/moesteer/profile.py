@@ -1,8 +1,8 @@
 """The profile: what to steer, how, where, on which model, from which evidence.
 
-One safetensors file: the scores as tensors, everything else as a JSON header, so that a saved
-profile can't be applied in another way, at another place or to another model than it was made for.
-A file that says less, or contradicts itself, is refused.
+One safetensors file: vectors and scores as tensors, everything else as a JSON header, so that a
+saved profile can't be applied in another way, at another place or to another model than it was made
+for. A file that says less, or contradicts itself, is refused.
 """
 
 import json
@@ -11,15 +11,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 
+from moesteer.direction import Candidates, Direction, Kind
 from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.files import write_atomically
 
-SCHEMA = 2
+SCHEMA = 3
 HEADER_KEY = "moesteer"
 
 NORM_TOLERANCE = 1e-4
@@ -53,7 +54,9 @@ class ModelFacts:
     The norms tell models of one shape apart, whatever dtype they are loaded in: `router_norms` of
     each layer's router (rows weighted by expert, so that renumbered experts show), `layer_norms` of
     the rest of the decoder layer (of stacked experts, the first). Empty where the weights could not
-    be read. `dtype` is what the model ran in; it is not compared.
+    be read. `dtype` is what the model ran in; it is not compared. `decoder_layers` and `hidden` are
+    how many layers the residual stream passes and how wide it is, 0 where that is not known. A
+    dense model has no routed `layers`.
     """
 
     id: str
@@ -66,6 +69,8 @@ class ModelFacts:
     router_norms: tuple[float, ...] = ()
     layer_norms: tuple[float, ...] = ()
     dtype: str = UNKNOWN
+    decoder_layers: int = 0
+    hidden: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Evidence:
     `counted` is what the detector counts on target tokens, None where it counts nothing (causal
     detectors). `spans` are the targets as given, or matched in length and position. `stability` is
     the mean rank correlation of the scores from two random halves of the pairs, None where there
-    are no halves to compare.
+    are no halves to compare. `settings` are what else decided the result, by name.
     """
 
     detector: str
@@ -92,6 +97,7 @@ class Evidence:
     stability: float | None
     versions: dict[str, str]
     command: str
+    settings: dict[str, bool | int | float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +124,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Profile:
-    """Experts to activate and deactivate, by which rule, and where that comes from.
+    """Experts to activate and deactivate, by which rule; directions to add or project out; and
+    where that comes from.
 
     A profile made by hand needs no model and no evidence: `Profile(activated=((2, 5),))`.
     """
@@ -127,11 +134,13 @@ class Profile:
     deactivated: tuple[Expert, ...] = ()
     rule: Rule = "exact"
     dose: float = 1.0
+    directions: tuple[Direction, ...] = ()
     toward: Side | None = None
     chat_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     model: ModelFacts | None = None
     evidence: Evidence | None = None
     scores: Scores | None = field(default=None, compare=False)
+    candidates: Candidates | None = field(default=None, compare=False)
     name: str = "profile"
 
     def __post_init__(self) -> None:
@@ -152,8 +161,10 @@ class Profile:
                 raise MoesteerError(f"{self.name}: {_listed(twice)} is named twice.")
         if not 0 <= self.dose <= 1:
             raise MoesteerError(f"{self.name}: the dose is {self.dose}; it must be from 0 to 1.")
+        _check_ablations(self)
         if self.model is not None:
             check_fits(self, self.model.layers)
+            check_directions(self, self.model)
 
     def experts_of(self, layer: int) -> tuple[list[int], list[int]]:
         """Activated and deactivated expert indices of one layer."""
@@ -164,7 +175,23 @@ class Profile:
 
     @property
     def steered_layers(self) -> tuple[int, ...]:
+        """The layers whose routing is steered."""
         return tuple(sorted({layer for layer, _ in (*self.activated, *self.deactivated)}))
+
+    @property
+    def steers(self) -> bool:
+        """Whether it does anything at all."""
+        return bool(self.steered_layers or self.directions)
+
+    @property
+    def lowest_layer(self) -> int | None:
+        """The lowest decoder layer that does otherwise than unsteered; None where none does.
+
+        What enters a layer is what the layer below it puts out.
+        """
+        sites = [site for direction in self.directions for site in direction.sites]
+        layers = [max(0, layer - (place == "input")) for layer, place in sites]
+        return min((*self.steered_layers[:1], *layers), default=None)
 
     @property
     def fingerprint(self) -> str:
@@ -175,6 +202,8 @@ class Profile:
             "rule": self.rule,
             "dose": self.dose,
         }
+        if self.directions:
+            does["directions"] = [asdict(direction) for direction in self.directions]
         return sha256(json.dumps(does).encode()).hexdigest()[:16]
 
     def made_by(self, command: str) -> "Profile":
@@ -185,18 +214,22 @@ class Profile:
         return replace(self, evidence=replace(self.evidence, command=commands))
 
     def reversed(self) -> "Profile":
-        """The sign-reversed profile: activated and deactivated swapped."""
+        """The sign-reversed profile: activated and deactivated swapped, directions turned round.
+
+        MoesteerError where a direction is ablated.
+        """
         other: dict[str | None, Side | None] = {"a": "b", "b": "a", None: None}
         return replace(
             self,
             activated=self.deactivated,
             deactivated=self.activated,
+            directions=tuple(direction.reversed() for direction in self.directions),
             toward=other[self.toward],
             name=f"{self.name} reversed",
         )
 
     def to_json(self) -> str:
-        """Everything the profile holds, as one JSON object; scores as a list of experts."""
+        """Everything the profile holds but candidates, as one JSON object; scores as a list."""
         scores = []
         if self.scores is not None and self.model is not None:
             arrays = vars(self.scores)
@@ -206,9 +239,9 @@ class Profile:
                 for row, shape in enumerate(self.model.layers)
                 for expert in range(shape.experts)
             ]
-        return json.dumps(
-            {"schema": SCHEMA, **_as_json(self), "scores": scores}, ensure_ascii=False, indent=2
-        )
+        vectors = [direction.vector for direction in self.directions]
+        header = {"schema": SCHEMA, **_as_json(self), "scores": scores, "vectors": vectors}
+        return json.dumps(header, ensure_ascii=False, indent=2)
 
     @classmethod
     def from_json(cls, text: str, where: str | Path = "profile") -> "Profile":
@@ -217,6 +250,9 @@ class Profile:
             header = json.loads(text)
             name, experts = header["name"], header.pop("scores")
             arrays = _arrays_of(experts, header["model"]["layers"]) if experts else {}
+            for number, vector in enumerate(header.pop("vectors")):
+                arrays[f"directions.{number}"] = np.array(vector, dtype=np.float64)
+            header["candidates"] = None
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise MoesteerError(f"{where} holds no profile that can be read: {error!r}.") from None
         return replace(_parse(Path(where), header, arrays), name=name)
@@ -225,12 +261,13 @@ class Profile:
         """Write the profile atomically; MoesteerError if the file can't be written."""
         from safetensors.numpy import save_file
 
-        header = {key: value for key, value in _as_json(self).items() if key != "scores"}
-        arrays = _arrays(self.scores)
+        arrays = _arrays(self)
         for key, array in arrays.items():
             if not np.isfinite(array).all():
-                raise MoesteerError(f"{path}: scores.{key} holds NaN or infinite values.")
-        metadata = {HEADER_KEY: json.dumps({"schema": SCHEMA, **header}, ensure_ascii=False)}
+                raise MoesteerError(f"{path}: {key} holds NaN or infinite values.")
+        metadata = {
+            HEADER_KEY: json.dumps({"schema": SCHEMA, **_as_json(self)}, ensure_ascii=False)
+        }
         write_atomically(Path(path), lambda file: save_file(arrays, file, metadata=metadata))
 
     @classmethod
@@ -271,12 +308,58 @@ def check_fits(profile: Profile, layers: tuple[LayerShape, ...]) -> None:
             )
 
 
+def check_directions(profile: Profile, model: ModelFacts) -> None:
+    """Raise MoesteerError unless each direction's layer exists and its width is the stream's.
+
+    Nothing is compared where the model's are unknown.
+    """
+    shapes = {shape.layer: shape for shape in model.layers}
+    for direction in profile.directions:
+        if model.hidden and len(direction.vector) != model.hidden:
+            raise MoesteerError(
+                f"{profile.name}: a direction has {len(direction.vector)} numbers, but the hidden"
+                f" states of {model.id} have {model.hidden}."
+            )
+        for layer, _ in direction.sites:
+            if layer < 0 or (model.decoder_layers and layer >= model.decoder_layers):
+                raise MoesteerError(
+                    f"{profile.name}: a direction names layer {layer}, but {model.id} has layers"
+                    f" 0–{model.decoder_layers - 1}."
+                )
+        if direction.expert is not None:
+            layer = direction.sites[0][0]
+            experts = shapes[layer].experts if layer in shapes else 0
+            if not 0 <= direction.expert < experts:
+                raise MoesteerError(
+                    f"{profile.name}: a direction names expert {direction.expert} of layer {layer},"
+                    f" which has {experts} experts."
+                )
+
+
+def _check_ablations(profile: Profile) -> None:
+    """Two lines can't be projected out at one place: the second would bring back the first."""
+    sites = [
+        (*site, direction.expert)
+        for direction in profile.directions
+        if direction.operation == "ablate"
+        for site in direction.sites
+    ]
+    if twice := [site for site in sites if sites.count(site) > 1]:
+        layer, place, expert = twice[0]
+        whose = "" if expert is None else f", expert {expert}"
+        raise MoesteerError(
+            f"{profile.name}: two directions are ablated at the {place} of layer {layer}{whose};"
+            " one at a place."
+        )
+
+
 def check_model(profile: Profile, model: ModelFacts) -> None:
     """Raise MoesteerError if the profile was made on another model; both values are shown.
 
     Another tokenizer or chat template is a MoesteerWarning only: the experts are the same.
     """
     made_on = profile.model
+    check_directions(profile, model)
     if made_on is None:
         check_fits(profile, model.layers)
         return
@@ -342,12 +425,15 @@ def combine(*profiles: Profile) -> Profile:
         raise MoesteerError("there is nothing to combine: give at least one profile.")
     first, *others = profiles
     models = [profile.model for profile in profiles if profile.model is not None]
-    for other in others:
-        if (other.rule, other.dose) != (first.rule, first.dose):
+    # Rule and dose are of experts; a profile of directions alone has none of its own.
+    ruled = next((profile for profile in profiles if profile.steered_layers), first)
+    for other in profiles:
+        if other.steered_layers and (other.rule, other.dose) != (ruled.rule, ruled.dose):
             raise MoesteerError(
-                f"{first.name} (rule {first.rule}, dose {first.dose}) and {other.name} (rule"
+                f"{ruled.name} (rule {ruled.rule}, dose {ruled.dose}) and {other.name} (rule"
                 f" {other.rule}, dose {other.dose}) can't be combined; they steer differently."
             )
+    for other in others:
         if other.chat_options != first.chat_options:
             raise MoesteerError(
                 f"{first.name} and {other.name} were made with different chat options:"
@@ -360,10 +446,14 @@ def combine(*profiles: Profile) -> Profile:
         first,
         activated=tuple(merge(e for p in profiles for e in p.activated)),
         deactivated=tuple(merge(e for p in profiles for e in p.deactivated)),
+        rule=ruled.rule,
+        dose=ruled.dose,
+        directions=tuple(merge(d for p in profiles for d in p.directions)),
         toward=None,
         model=models[0] if models else None,
         evidence=None,
         scores=None,
+        candidates=None,
         name=" + ".join(p.name for p in profiles),
     )
 
@@ -401,14 +491,13 @@ def _parse(path: Path, header: dict, arrays: Mapping[str, np.ndarray]) -> Profil
         raise MoesteerError(
             f"{path} has profile schema {schema}; this version of moesteer reads schema {SCHEMA}."
         )
-    for key in ("operation", "hook_point"):
-        value = header.pop(key, None)
-        if value != FIXED[key]:
-            raise MoesteerError(f"{path}: {key} is {value!r}; this version knows {FIXED[key]!r}.")
+    told = {key: header.pop(key, None) for key in ("operation", "hook_points")}
     known = {entry.name for entry in fields(Profile)} - {"scores"}
     if wrong := sorted(known ^ set(header)):  # a default in its place would steer otherwise
         what = "unknown" if wrong[0] in header else "missing"
         raise MoesteerError(f"{path}: {wrong[0]} is {what} in the header; write the profile anew.")
+    header["directions"] = _with_vectors(path, header["directions"], arrays)
+    candidates = header.pop("candidates")
     try:
         profile = TypeAdapter(Profile).validate_json(json.dumps(header), strict=True)
     except ValidationError as error:
@@ -417,7 +506,16 @@ def _parse(path: Path, header: dict, arrays: Mapping[str, np.ndarray]) -> Profil
         raise MoesteerError(f"{path}: {where}: {first['msg']}.") from None
     except MoesteerError as error:
         raise MoesteerError(f"{path}: {error}") from None
-    return replace(profile, scores=_scores(path, profile, arrays), name=path.name)
+    for key, value in _does(profile).items():
+        if told[key] != value:
+            raise MoesteerError(f"{path}: {key} is {told[key]!r}, but the file holds {value!r}.")
+    table = {key: array for key, array in arrays.items() if "." not in key}
+    return replace(
+        profile,
+        scores=_scores(path, profile, table),
+        candidates=_candidates(path, candidates, arrays),
+        name=path.name,
+    )
 
 
 def _arrays_of(experts: list[dict], layers: list[dict]) -> dict[str, np.ndarray]:
@@ -458,17 +556,94 @@ def _scores(path: Path, profile: Profile, arrays: Mapping[str, np.ndarray]) -> S
     return Scores(**{key: np.asarray(array, dtype=np.float64) for key, array in arrays.items()})
 
 
-FIXED = {"operation": "steer experts", "hook_point": "router logits"}
-"""What a profile of this schema does, and where: stated in the file, because a file that is
-applied at another place is silently wrong."""
+def _with_vectors(path: Path, told: object, arrays: Mapping[str, np.ndarray]) -> list[dict]:
+    """The header's directions, each with its vector, checked against the norm that is told."""
+    if not isinstance(told, list) or not all(isinstance(one, dict) for one in told):
+        raise MoesteerError(f"{path}: directions is no list of objects.")
+    found = []
+    for number, one in enumerate(told):
+        vector = arrays.get(f"directions.{number}")
+        if vector is None or vector.ndim != 1:
+            raise MoesteerError(f"{path} lacks the vector of direction {number}.")
+        norm, _sign = one.pop("norm", None), one.pop("sign", None)
+        if np.isfinite(vector).all() and not (
+            isinstance(norm, float) and abs(norm - np.linalg.norm(vector)) <= 1e-6 * norm
+        ):
+            raise MoesteerError(
+                f"{path}: direction {number} has norm {np.linalg.norm(vector):.6g}, but the header"
+                f" says {norm}."
+            )
+        found.append({**one, "vector": vector.tolist()})
+    return found
+
+
+def _candidates(path: Path, told: Any, arrays: Mapping[str, np.ndarray]) -> Candidates | None:
+    if told is None:
+        return None
+    scores = {}
+    try:
+        for key, array in arrays.items():
+            if key.startswith("candidates.scores."):
+                scores[key.removeprefix("candidates.scores.")] = array
+        names = ("layer", "position", "expert", "vector")
+        found = {name: arrays[f"candidates.{name}"] for name in names}
+    except KeyError as error:
+        raise MoesteerError(f"{path} lacks the tensor {error}.") from None
+    lengths = {len(array) for array in (*found.values(), *scores.values())}
+    if told not in get_args(Kind) or len(lengths) > 1 or found["vector"].ndim != 2:
+        raise MoesteerError(f"{path}: its candidates ({told}) have tensors of unequal shapes.")
+    return Candidates(told, **found, scores=scores)
+
+
+SIGN = "a positive coefficient steers towards a: mean of side a less mean of side b"
+
+
+def _does(profile: Profile) -> dict[str, object]:
+    """What a profile does, and where: stated in the file, because a file that is applied at another
+    place is silently wrong."""
+    sites = dict.fromkeys(site for d in profile.directions for site in d.sites)
+    operations = sorted({f"{d.operation} directions" for d in profile.directions})
+    routing = bool(profile.steered_layers) or not profile.directions
+    return {
+        "operation": " and ".join([*["steer experts"] * routing, *operations]),
+        "hook_points": [
+            *["router logits"] * routing,
+            *(f"{place} of layer {layer}" for layer, place in sorted(sites)),
+        ],
+    }
 
 
 def _as_json(profile: Profile) -> dict:
-    return {**FIXED, **asdict(replace(profile, scores=None))}
+    header = asdict(replace(profile, scores=None, candidates=None, directions=()))
+    del header["scores"]
+    header["directions"] = [
+        {
+            "sites": direction.sites,
+            "operation": direction.operation,
+            "coefficient": direction.coefficient,
+            "window": direction.window,
+            "expert": direction.expert,
+            "norm": direction.norm,
+            "sign": SIGN,
+        }
+        for direction in profile.directions
+    ]
+    header["candidates"] = None if profile.candidates is None else profile.candidates.kind
+    return {**_does(profile), **header}
 
 
-def _arrays(scores: Scores | None) -> dict[str, np.ndarray]:
-    return {} if scores is None else {k: np.ascontiguousarray(v) for k, v in vars(scores).items()}
+def _arrays(profile: Profile) -> dict[str, np.ndarray]:
+    """Every tensor of the file, by name."""
+    arrays = dict(vars(profile.scores)) if profile.scores is not None else {}
+    for number, direction in enumerate(profile.directions):
+        arrays[f"directions.{number}"] = np.array(direction.vector)
+    if profile.candidates is not None:
+        for name, value in vars(profile.candidates).items():
+            if isinstance(value, np.ndarray):
+                arrays[f"candidates.{name}"] = value
+        for name, value in profile.candidates.scores.items():
+            arrays[f"candidates.scores.{name}"] = value
+    return {key: np.ascontiguousarray(array) for key, array in arrays.items()}
 
 
 # -- words ---------------------------------------------------------------------------------------

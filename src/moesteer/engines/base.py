@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from jaxtyping import Float, Num
+import numpy as np
+from jaxtyping import Float, Int, Num
 
-from moesteer.engines.evidence import LayerEvidence
+from moesteer.engines.evidence import DirectionEvidence, LayerEvidence
 from moesteer.engines.readouts import Readout
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from moesteer.chat import TokenisedConversation
@@ -26,7 +26,23 @@ class Generation:
     """Replies in the order of their prompts, and what the profiles did on the way."""
 
     replies: list[str]
-    evidence: list[LayerEvidence]
+    evidence: "list[LayerEvidence | DirectionEvidence]"
+
+
+@dataclass(frozen=True, eq=False)
+class Contributions:
+    """How far along a unit vector each writer moved the residual stream, at the last tokens of texts.
+
+    `rest` is what the feed-forward part writes beside its routed experts: shared experts, or all
+    of a dense MLP. `stream` is what enters each layer, and at last leaves the highest: the
+    embedding and everything written below.
+    """
+
+    embedding: Float[np.ndarray, "text position"]
+    attention: Float[np.ndarray, "text layer position"]
+    rest: Float[np.ndarray, "text layer position"]
+    experts: Float[np.ndarray, "text layer expert position"]
+    stream: Float[np.ndarray, "text layers position"]
 
 
 class Engine(Protocol):
@@ -101,4 +117,36 @@ class Engine(Protocol):
         A text's very first token is predicted by nothing and left out; MoesteerError where no other
         is in the target.
         """
+        ...
+
+    def residuals(
+        self, texts: Sequence[Sequence[int]], last: int
+    ) -> "Float[np.ndarray, 'text layer position hidden']":
+        """What enters each decoder layer at the last `last` tokens of each text, in fp32.
+
+        Positions in the order of the text. One batch, one forward pass without the LM head. Raises
+        MoesteerError where a text is shorter than that.
+        """
+        ...
+
+    def forced_outputs(
+        self, texts: Sequence[Sequence[int]], layer: int, last: int
+    ) -> "Float[np.ndarray, 'text expert position hidden']":
+        """What a layer's feed-forward part writes at the last tokens, each expert activated in turn.
+
+        The others are selected as they are without it (the exact rule of `moesteer.rules`).
+        """
+        ...
+
+    def own_outputs(
+        self, texts: Sequence[Sequence[int]], layer: int, last: int
+    ) -> "tuple[Float[np.ndarray, 'text expert hidden'], Int[np.ndarray, 'text expert']]":
+        """Each expert's own output, unweighted, summed over those of the last tokens that selected
+        it; and how many these are."""
+        ...
+
+    def contributions(
+        self, texts: Sequence[Sequence[int]], last: int, vector: Sequence[float]
+    ) -> Contributions:
+        """Who wrote what is along a vector in the stream at the last tokens of texts."""
         ...

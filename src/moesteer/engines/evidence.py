@@ -1,12 +1,15 @@
-"""What steering did, counted at the experts' input, and whether that proves it.
+"""What steering did, and whether that proves it.
 
-Every engine counts which experts the tokens of a profile selected. From the counts alone, without
+Every engine counts, at the experts' input, which experts the tokens of a profile selected, and
+measures how far the residual stream moved along the profile's directions. From this alone, without
 trusting the code that steered, `check_fired` says whether the profile's promise was kept.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from moesteer.direction import Operation, Place
 from moesteer.errors import DidNotFire
 from moesteer.profile import Profile
 
@@ -29,18 +32,53 @@ class LayerEvidence:
         )
 
 
+@dataclass(frozen=True)
+class DirectionEvidence:
+    """What one direction of a profile did at one site, of a profile's tokens in its window.
+
+    Added: how far the tokens moved along it, on average, `measured` and `expected`, in the stream's
+    units. Ablated: the largest share of a token's norm that is left along it, and 0.
+    """
+
+    profile: str
+    layer: int
+    place: Place
+    expert: int | None
+    operation: Operation
+    tokens: int
+    measured: float
+    expected: float
+
+    @property
+    def obeyed(self) -> bool:
+        """Whether the tokens did what was asked, up to the rounding of half precision."""
+        if self.operation == "ablate":
+            return self.measured <= LEFT_OVER
+        return abs(self.measured - self.expected) <= MOVED * abs(self.expected)
+
+
+LEFT_OVER = 0.02
+"""bf16 keeps 8 bits of each number; what is left of a projection is at most about as large."""
+MOVED = 0.1
+"""A small vector added to a large stream is rounded more than that stream itself."""
+
+
 def is_guarded(profile: Profile) -> bool:
     """Whether a profile promises the selection itself: the exact rule at full dose."""
     return profile.rule == "exact" and profile.dose == 1
 
 
-def check_fired(profile: Profile, evidence: Iterable[LayerEvidence]) -> None:
+def check_fired(profile: Profile, evidence: Iterable[LayerEvidence | DirectionEvidence]) -> None:
     """Raise DidNotFire unless the evidence proves that the profile steered.
 
     The exact rule at full dose promises the selection, so each token must have obeyed. The
-    paper's rule and a partial dose promise less: there, tokens must have passed.
+    paper's rule and a partial dose promise less: there, tokens must have passed. A direction must
+    have moved the tokens of its window as far as it says, or left nothing along it.
     """
     for seen in evidence:
+        if isinstance(seen, DirectionEvidence):
+            _check_direction(seen)
+            continue
         where = f"{seen.profile} did not fire in layer {seen.layer}"
         if not seen.tokens:
             raise DidNotFire(
@@ -51,10 +89,16 @@ def check_fired(profile: Profile, evidence: Iterable[LayerEvidence]) -> None:
             raise DidNotFire(f"{where}: {_disobeyed(seen)}")
 
 
-def summed(evidence: Sequence[LayerEvidence]) -> list[LayerEvidence]:
+def summed(
+    evidence: Sequence[LayerEvidence | DirectionEvidence],
+) -> list[LayerEvidence | DirectionEvidence]:
     """Evidence of several batches, added up by profile and layer; profiles may share a name."""
-    total: dict[tuple, LayerEvidence] = {}
+    total: dict[tuple, Any] = {}
     for seen in evidence:
+        if isinstance(seen, DirectionEvidence):
+            key = (seen.profile, seen.layer, seen.place, seen.expert, seen.operation)
+            total[key] = _both(total.get(key), seen)
+            continue
         key = (seen.profile, seen.layer, tuple(seen.activated), tuple(seen.deactivated))
         before = total.get(key)
         if before is not None:
@@ -67,6 +111,41 @@ def summed(evidence: Sequence[LayerEvidence]) -> list[LayerEvidence]:
             )
         total[key] = seen
     return list(total.values())
+
+
+def _both(before: DirectionEvidence | None, seen: DirectionEvidence) -> DirectionEvidence:
+    if before is None or not before.tokens + seen.tokens:
+        return seen
+    tokens = before.tokens + seen.tokens
+
+    def mean(one: float, other: float) -> float:
+        return (one * before.tokens + other * seen.tokens) / tokens
+
+    measured = (
+        max(before.measured, seen.measured)
+        if seen.operation == "ablate"
+        else mean(before.measured, seen.measured)
+    )
+    expected = mean(before.expected, seen.expected)
+    return replace(seen, tokens=tokens, measured=measured, expected=expected)
+
+
+def _check_direction(seen: DirectionEvidence) -> None:
+    whose = "" if seen.expert is None else f" (expert {seen.expert})"
+    where = f"{seen.profile} did not fire at the {seen.place} of layer {seen.layer}{whose}"
+    if not seen.tokens:
+        raise DidNotFire(
+            f"{where}: no token of its window passed while it was applied. Run the model inside the"
+            " block; a window of generated tokens needs a reply longer than one token."
+        )
+    if not seen.obeyed and seen.operation == "ablate":
+        raise DidNotFire(
+            f"{where}: up to {seen.measured:.1%} of a token's norm is left along what was ablated."
+        )
+    if not seen.obeyed:
+        raise DidNotFire(
+            f"{where}: tokens moved by {seen.measured:.4g} along it, not by {seen.expected:.4g}."
+        )
 
 
 def _disobeyed(seen: LayerEvidence) -> str:

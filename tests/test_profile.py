@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from moesteer.direction import Candidates, Direction
 from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.profile import (
     HEADER_KEY,
@@ -127,10 +128,59 @@ def test_the_header_says_what_is_steered_and_where(tmp_path: Path):
     header, arrays = contents(tmp_path / "p")
     assert header["schema"] == SCHEMA
     assert header["operation"] == "steer experts"
-    assert header["hook_point"] == "router logits"
+    assert header["hook_points"] == ["router logits"]
     assert header["model"]["layers"][2] == {"layer": 5, "experts": 3, "top_k": 1}
     assert "scores" not in header
     assert set(arrays) == {"value", "low", "high", "p", "q", "rate_a", "rate_b"}
+
+
+def directed() -> Profile:
+    """Experts and directions, with candidates that these were chosen from."""
+    line = Direction((3.0, 0.0, 4.0), ((0, "input"), (0, "mlp")), "ablate", window="generation")
+    along = Direction((0.1, 0.2, 0.3), ((5, "mlp"),), coefficient=-2.5, expert=2)
+    found = Candidates(
+        "own",
+        np.array([5, 5]),
+        np.array([-1, -2]),
+        np.array([2, 0]),
+        np.array([[0.1, 0.2, 0.3], [1, 2, 3]], dtype=np.float32),
+        {"kl": np.array([0.25, 1.5])},
+    )
+    model = replace(MODEL, decoder_layers=6, hidden=3)
+    return Profile(((1, 0),), directions=(line, along), model=model, candidates=found)
+
+
+def test_directions_are_written_and_read(tmp_path: Path):
+    before = directed()
+    before.save(tmp_path / "p")
+    header, arrays = contents(tmp_path / "p")
+    assert header["operation"] == "steer experts and ablate directions and add directions"
+    assert header["hook_points"] == [
+        "router logits",
+        "input of layer 0",
+        "mlp of layer 0",
+        "mlp of layer 5",
+    ]
+    assert header["directions"][0]["norm"] == 5
+    assert "a positive coefficient steers towards a" in header["directions"][1]["sign"]
+    assert "vector" not in header["directions"][0]
+    assert arrays["directions.0"].tolist() == [3, 0, 4]
+    after = Profile.load(tmp_path / "p")
+    assert after.directions == before.directions
+    assert after.fingerprint == before.fingerprint
+    assert after.candidates is not None
+    assert before.candidates is not None
+    assert after.candidates.kind == "own"
+    for name in ("layer", "position", "expert", "vector"):
+        np.testing.assert_array_equal(
+            getattr(after.candidates, name), getattr(before.candidates, name)
+        )
+    np.testing.assert_array_equal(after.candidates.scores["kl"], [0.25, 1.5])
+    assert after.candidates.find(5, -2, 0) == 1
+    with pytest.raises(MoesteerError, match=r"no direction of layer 4, position -1; there are"):
+        after.candidates.find(4, -1)
+    again = Profile.from_json(before.to_json())
+    assert again.directions == before.directions
 
 
 def test_json_for_programs():
@@ -236,12 +286,12 @@ def test_the_weights_of_a_model_are_no_profile(tmp_path: Path, dtype: str):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda h, _: h.update(schema=99), r"schema 99; this version of moesteer reads schema 2"),
-        (lambda h, _: h.update(schema=1), r"schema 1; this version of moesteer reads schema 2"),
+        (lambda h, _: h.update(schema=99), r"schema 99; this version of moesteer reads schema 3"),
+        (lambda h, _: h.update(schema=2), r"schema 2; this version of moesteer reads schema 3"),
         (lambda h, _: h.pop("schema"), r"schema None"),
         (lambda h, _: h.update(operation="ablate"), r"operation is 'ablate'.*'steer experts'"),
-        (lambda h, _: h.update(hook_point="mlp"), r"hook_point is 'mlp'.*'router logits'"),
-        (lambda h, _: h.pop("hook_point"), r"hook_point is None"),
+        (lambda h, _: h.update(hook_points=["mlp"]), r"hook_points is \['mlp'\].*'router logits'"),
+        (lambda h, _: h.pop("hook_points"), r"hook_points is None"),
         (lambda h, _: h.pop("rule"), r"rule is missing"),
         (lambda h, _: h.pop("dose"), r"dose is missing"),
         (lambda h, _: h.pop("activated"), r"activated is missing"),
@@ -276,6 +326,9 @@ def test_the_weights_of_a_model_are_no_profile(tmp_path: Path, dtype: str):
             r"value of expert \(5, 1\) is nan; it must be a finite number",
         ),
         (lambda _, t: t["high"].__setitem__((0, 3), -np.inf), r"high of expert \(1, 3\) is -inf"),
+        (lambda h, _: h.update(directions=[{}]), r"lacks the vector of direction 0"),
+        (lambda h, _: h.update(directions="all"), r"directions is no list"),
+        (lambda h, _: h.update(candidates="own"), r"lacks the tensor 'candidates\.layer'"),
     ],
 )
 def test_refused(rewritten: Callable[[Change], Path], change: Change, said: str):
@@ -299,7 +352,7 @@ def test_the_unchanged_file_is_not_refused(rewritten: Callable[[Change], Path]):
 def test_nan_is_not_saved(tmp_path: Path):
     broken = scores()
     broken.low[0, 0] = np.nan
-    with pytest.raises(MoesteerError, match=r"scores\.low holds NaN"):
+    with pytest.raises(MoesteerError, match=r"low holds NaN"):
         replace(full(), scores=broken).save(tmp_path / "p")
     assert not list(tmp_path.iterdir())
 
@@ -403,6 +456,56 @@ def test_reversed():
     one_way = Profile((), ((5, 0), (5, 1)), model=MODEL)
     with pytest.raises(MoesteerError, match="2 experts are activated in layer 5"):
         one_way.reversed()
+
+
+def test_what_directions_do_is_in_the_fingerprint():
+    one = directed()
+    prints = {
+        one.fingerprint,
+        replace(one, directions=one.directions[:1]).fingerprint,
+        replace(one, directions=(replace(one.directions[0], window="all"),)).fingerprint,
+        replace(one, directions=()).fingerprint,
+    }
+    assert len(prints) == 4
+    assert one.lowest_layer == 0
+    assert replace(one, activated=(), directions=one.directions[1:]).lowest_layer == 5
+    entering = Direction((1.0, 0, 0), ((4, "input"),))
+    assert replace(one, activated=(), directions=(entering,)).lowest_layer == 3
+    assert not Profile().steers
+
+
+def test_directions_and_experts_compose():
+    one = directed()
+    experts = Profile(((2, 1),), rule="exact", name="experts")
+    both = combine(replace(one, activated=()), experts)
+    assert both.activated == ((2, 1),)
+    assert both.directions == one.directions
+    assert both.candidates is None
+    paper = Profile(((2, 1),), rule="paper", dose=0.5)
+    assert combine(replace(one, activated=()), paper).rule == "paper"
+    with pytest.raises(MoesteerError, match="two directions are ablated at the input of layer 0"):
+        combine(one, Profile(directions=(replace(one.directions[0], vector=(1.0, 1.0, 1.0)),)))
+
+
+def test_an_ablation_has_no_other_sign():
+    with pytest.raises(MoesteerError, match="no sign to be reversed"):
+        directed().reversed()
+    turned = replace(directed(), directions=directed().directions[1:]).reversed()
+    assert turned.directions[0].coefficient == 2.5
+
+
+@pytest.mark.parametrize(
+    ("direction", "said"),
+    [
+        (Direction((1.0, 2.0), ((0, "mlp"),)), "has 2 numbers, but the hidden states of .* have 3"),
+        (Direction((1.0, 2.0, 3.0), ((6, "mlp"),)), "names layer 6, but .* has layers 0–5"),
+        (Direction((1.0, 2.0, 3.0), ((5, "mlp"),), expert=3), "expert 3 of layer 5.* 3 experts"),
+        (Direction((1.0, 2.0, 3.0), ((0, "mlp"),), expert=0), "expert 0 of layer 0.* 0 experts"),
+    ],
+)
+def test_a_direction_that_does_not_fit_is_refused(direction: Direction, said: str):
+    with pytest.raises(MoesteerError, match=said):
+        Profile(directions=(direction,), model=directed().model)
 
 
 def test_combine():

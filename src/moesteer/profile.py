@@ -426,9 +426,10 @@ def combine(*profiles: Profile) -> Profile:
     first, *others = profiles
     models = [profile.model for profile in profiles if profile.model is not None]
     # Rule and dose are of experts; a profile of directions alone has none of its own.
-    ruled = next((profile for profile in profiles if profile.steered_layers), first)
-    for other in profiles:
-        if other.steered_layers and (other.rule, other.dose) != (ruled.rule, ruled.dose):
+    with_experts = [p for p in profiles if p.steered_layers or not p.directions]
+    ruled = with_experts[0] if with_experts else first
+    for other in with_experts:
+        if (other.rule, other.dose) != (ruled.rule, ruled.dose):
             raise MoesteerError(
                 f"{ruled.name} (rule {ruled.rule}, dose {ruled.dose}) and {other.name} (rule"
                 f" {other.rule}, dose {other.dose}) can't be combined; they steer differently."

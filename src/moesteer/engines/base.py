@@ -31,7 +31,7 @@ class Generation:
 
 @dataclass(frozen=True, eq=False)
 class Contributions:
-    """How far along a unit vector each writer moved the residual stream, at the last tokens of texts.
+    """How far along a unit vector each writer moved the residual stream at texts' last tokens.
 
     `rest` is what the feed-forward part writes beside its routed experts: shared experts, or all
     of a dense MLP. `stream` is what enters each layer, and at last leaves the highest: the
@@ -132,7 +132,7 @@ class Engine(Protocol):
     def forced_outputs(
         self, texts: Sequence[Sequence[int]], layer: int, last: int
     ) -> "Float[np.ndarray, 'text expert position hidden']":
-        """What a layer's feed-forward part writes at the last tokens, each expert activated in turn.
+        """What a layer's feed-forward part writes at the last tokens, for each expert activated.
 
         The others are selected as they are without it (the exact rule of `moesteer.rules`).
         """

@@ -119,6 +119,8 @@ def _facts(
         router_norms=_norms([router for router, _ in squares]),
         layer_norms=_norms([rest for _, rest in squares]),
         dtype=str(model.dtype).removeprefix("torch."),
+        decoder_layers=_number(config, "num_hidden_layers"),
+        hidden=_number(config, "hidden_size"),
     )
 
 
@@ -128,6 +130,11 @@ def _entry(config: PreTrainedConfig, key: str) -> object:
         return getattr(config, key, None)
     except Exception:  # configs of unequal layers refuse to name one value for all
         return None
+
+
+def _number(config: PreTrainedConfig, key: str) -> int:
+    value = _entry(config, key)
+    return value if isinstance(value, int) else 0
 
 
 def _norms(squares: Sequence[float | None]) -> tuple[float, ...]:

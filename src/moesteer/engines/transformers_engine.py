@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,21 @@ from moesteer.engines.checkpoint import (
     resolve,
     without_weights,
 )
-from moesteer.engines.evidence import LayerEvidence, summed
+from moesteer.engines.evidence import DirectionEvidence, LayerEvidence, summed
 from moesteer.engines.facts import facts_of_model
 from moesteer.engines.prompts import check_lengths, one_each
 from moesteer.engines.readouts import Readout, check_readouts, mean_log_probability
 from moesteer.engines.transformers.gates import gate_gradients
 from moesteer.engines.transformers.reading import divergence, padded, read, vocabulary_of
 from moesteer.engines.transformers.replay import Replay
-from moesteer.engines.transformers.routers import MoELayer, find_routers, input_device
+from moesteer.engines.transformers.residuals import entering, last_tokens
+from moesteer.engines.transformers.routers import (
+    MoELayer,
+    describe,
+    find_routers,
+    input_device,
+    is_dense,
+)
 from moesteer.engines.transformers.seam import (
     ProbabilitySums,
     SelectionCounts,
@@ -34,6 +42,7 @@ from moesteer.engines.transformers.seam import (
     observe_logits,
 )
 from moesteer.engines.transformers.steering import UNSTEERED, checked_layers, steer
+from moesteer.engines.transformers.stream import Stream, find_stream
 from moesteer.errors import MoesteerError
 from moesteer.profile import Profile, check_model
 from moesteer.records import first_line
@@ -52,7 +61,7 @@ class TransformersEngine:
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.layers: list[MoELayer] = checked_layers(model)
+        self.layers: list[MoELayer] = [] if is_dense(model) else checked_layers(model)
         self.facts = facts_of_model(
             model, tokenizer, self.layers, id=id or str(model.name_or_path), revision=revision
         )
@@ -61,11 +70,17 @@ class TransformersEngine:
             model.config.get_text_config(), "max_position_embeddings", None
         )
 
+    @cached_property
+    def stream(self) -> Stream:
+        """The model's residual stream; MoesteerError where its layers don't add up."""
+        return find_stream(self.model, self.layers)
+
     @torch.inference_mode()
     def count_selections(
         self, conversations: Sequence[TokenisedConversation], counted: Counted = "top-k"
     ) -> Num[np.ndarray, "conversation layer expert"]:
         """See `Engine.count_selections`. One forward pass without the LM head."""
+        self._check_routed()
         ids, attention = padded([c.ids for c in conversations], input_device(self.model))
         target = padded([c.target for c in conversations], ids.device)[0].bool()
         # Tokens outside the target count in one slot more, which is dropped.
@@ -103,7 +118,7 @@ class TransformersEngine:
         check_lengths(encoded, max_new_tokens, self.max_tokens)
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         replies = [""] * len(prompts)
-        evidence: list[LayerEvidence] = []
+        evidence: list[LayerEvidence | DirectionEvidence] = []
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -129,12 +144,14 @@ class TransformersEngine:
     ) -> Float[np.ndarray, "profile readout"]:
         """See `Engine.read`."""
         self._check(readouts, profiles)
-        return read(self.model, self.layers, self._replay, readouts, profiles, progress)
+        stream = self._stream_for(profiles)
+        return read(self.model, self.layers, stream, self._replay, readouts, profiles, progress)
 
     def gate_gradients(
         self, readouts: Sequence[Readout]
     ) -> Float[np.ndarray, "readout layer expert"]:
         """See `Engine.gate_gradients`."""
+        self._check_routed()
         self._check(readouts)
         return gate_gradients(self.model, self.layers, readouts)
 
@@ -144,7 +161,29 @@ class TransformersEngine:
         """See `Engine.divergence`."""
         texts = [mean_log_probability(conversation) for conversation in conversations]
         self._check(texts, [profile])
-        return divergence(self.model, self.layers, self._replay, texts, profile)
+        stream = self._stream_for([profile])
+        return divergence(self.model, self.layers, stream, self._replay, texts, profile)
+
+    @torch.inference_mode()
+    def residuals(
+        self, texts: Sequence[Sequence[int]], last: int
+    ) -> Float[np.ndarray, "text layer position hidden"]:
+        """See `Engine.residuals`."""
+        ids, attention, places = last_tokens(texts, last, input_device(self.model))
+        with entering(self.stream.decoder, places) as found:
+            self.model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
+        return torch.stack([layer.cpu() for layer in found], dim=1).numpy()
+
+    def _stream_for(self, profiles: Sequence[Profile | None]) -> Stream | None:
+        """The stream, where a profile has directions in it."""
+        return self.stream if any(p is not None and p.directions for p in profiles) else None
+
+    def _check_routed(self) -> None:
+        if not self.layers:
+            raise MoesteerError(
+                f"{describe(self.model)} is a dense model: it has no experts. Directions of the"
+                " residual stream can be found and steered in it, experts can't."
+            )
 
     def _check(self, readouts: Sequence[Readout], profiles: Sequence[Profile | None] = ()) -> None:
         """Refuse what can't be read, and profiles of other models."""
@@ -158,7 +197,7 @@ class TransformersEngine:
         profiles: list[Profile | None],
         max_new_tokens: int,
         temperature: float,
-    ) -> tuple[list[str], list[LayerEvidence]]:
+    ) -> tuple[list[str], list[LayerEvidence | DirectionEvidence]]:
         pad = _pad_id(self.tokenizer)
         longest = max(map(len, encoded))
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded])
@@ -172,7 +211,11 @@ class TransformersEngine:
         distinct = {id(profile) for profile in profiles}
         device = input_device(self.model)
         together = profiles[0] if len(distinct) == 1 else profiles
-        with torch.inference_mode(), steer(self.model, together or UNSTEERED, self.layers) as fired:
+        stream = self._stream_for(profiles)
+        with (
+            torch.inference_mode(),
+            steer(self.model, together or UNSTEERED, self.layers, stream) as fired,
+        ):
             output: Any = self.model.generate(  # pyright: ignore[reportCallIssue]
                 ids.to(device),
                 attention_mask=attention.to(device),
@@ -191,14 +234,18 @@ def load_transformers(
     dtype: str = "auto",
     device_map: str | None = None,
     chat_template: str | None = None,
+    dense: bool = False,
 ) -> TransformersEngine:
     """Load a model by its name on the Hub, a folder, or `testbed`.
 
     It is built from its config without weights first, so that a model that can't be steered is
-    refused before anything large is loaded. Raises MoesteerError where it can't be used.
+    refused before anything large is loaded; a dense one too, unless `dense` says that directions
+    are enough. Raises MoesteerError where it can't be used.
     """
     path = resolve(model)
-    find_routers(without_weights(read_config(path, revision)))
+    outline = without_weights(read_config(path, revision))
+    if not (dense and is_dense(outline)):
+        find_routers(outline)
     tokenizer = read_tokenizer(path, revision, chat_template)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(

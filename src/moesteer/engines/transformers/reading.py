@@ -21,6 +21,7 @@ from moesteer.engines.readouts import Readout, Term
 from moesteer.engines.transformers.replay import Replay
 from moesteer.engines.transformers.routers import MoELayer, input_device
 from moesteer.engines.transformers.steering import UNSTEERED, steer
+from moesteer.engines.transformers.stream import Stream
 from moesteer.errors import MoesteerError
 from moesteer.profile import Profile
 
@@ -35,9 +36,13 @@ BATCH_LOGITS = 2**27
 
 @dataclass(frozen=True)
 class Piece:
-    """A text, and terms of readouts to read off it; `numbers` says each term's readout."""
+    """A text, and terms of readouts to read off it; `numbers` says each term's readout.
+
+    Its first `prompt` tokens are the prompt: what stands before the first token that is read.
+    """
 
     ids: tuple[int, ...]
+    prompt: int
     terms: tuple[Term, ...]
     numbers: tuple[int, ...]
 
@@ -45,6 +50,7 @@ class Piece:
 def read(
     model: PreTrainedModel,
     layers: Sequence[MoELayer],
+    stream: Stream | None,
     replay: Replay,
     readouts: Sequence[Readout],
     profiles: Sequence[Profile | None],
@@ -59,7 +65,7 @@ def read(
         numbers, weights = _flat(pieces)
         np.subtract.at(missing, numbers, 1)
         finished = int((missing[np.unique(numbers)] == 0).sum())
-        for which, logs in _runs(model, layers, replay, pieces, profiles):
+        for which, logs in _runs(model, layers, stream, replay, pieces, profiles):
             for profile, row in zip(which, logs.double().cpu().numpy(), strict=True):
                 np.add.at(values[profile], numbers, weights * row)
             if progress is not None:
@@ -70,6 +76,7 @@ def read(
 def divergence(
     model: PreTrainedModel,
     layers: Sequence[MoELayer],
+    stream: Stream | None,
     replay: Replay,
     texts: Sequence[Readout],
     profile: Profile,
@@ -79,9 +86,9 @@ def divergence(
     KL(p ‖ q) = Σ_w p(w) (log p(w) − log q(w)), over the whole vocabulary, in fp32.
     """
     total = np.zeros(len(texts))
-    if not profile.steered_layers:
+    start = profile.lowest_layer
+    if start is None:
         return total
-    start = profile.steered_layers[0]
     starts = {start} if replay.saves(start) else set()
     # Both distributions are held at once.
     for pieces in batches(split(texts, most_terms(model) // 2), most_terms(model) // 2):
@@ -91,7 +98,7 @@ def divergence(
             before = logits_at(model, ids, attention, row, position).log_softmax(-1)
         with (
             torch.inference_mode(),
-            steer(model, [profile] * len(pieces), layers),
+            steer(model, [profile] * len(pieces), layers, stream, prompts_of(pieces)),
             replay.put(start, kept.get(start), 1),
         ):
             after = logits_at(model, ids, attention, row, position).log_softmax(-1)
@@ -154,6 +161,7 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
 def _runs(
     model: PreTrainedModel,
     layers: Sequence[MoELayer],
+    stream: Stream | None,
     replay: Replay,
     pieces: Sequence[Piece],
     profiles: Sequence[Profile | None],
@@ -171,7 +179,7 @@ def _runs(
             by_row = [profiles[number] for number in which for _ in pieces]
             with (
                 torch.inference_mode(),
-                steer(model, by_row, layers),
+                steer(model, by_row, layers, stream, prompts_of(pieces) * len(which)),
                 replay.put(start, kept.get(start), len(which)),
             ):
                 logs = log_probabilities(model, pieces, len(which))
@@ -187,15 +195,16 @@ def split(readouts: Sequence[Readout], most: int, *, merge: bool = True) -> list
     A text with more than `most` terms comes in several pieces.
     """
     found: dict[object, list[tuple[Term, int]]] = {}
-    ids_of: dict[object, tuple[int, ...]] = {}
+    ids_of: dict[object, tuple[tuple[int, ...], int]] = {}
     for number, readout in enumerate(readouts):
         if readout.terms:
-            ids = readout.ids[: max(term.position for term in readout.terms)]
-            key = ids if merge else number
-            ids_of[key] = ids
+            places = [term.position for term in readout.terms]
+            ids = readout.ids[: max(places)]
+            key = (ids, min(places)) if merge else number
+            ids_of[key] = (ids, min(places))
             found.setdefault(key, []).extend((term, number) for term in readout.terms)
     return [
-        Piece(ids_of[key], *zip(*part, strict=True))
+        Piece(*ids_of[key], *zip(*part, strict=True))
         for key, terms in found.items()
         for part in _chunks(terms, most)
     ]
@@ -229,13 +238,18 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 def _by_lowest_layer(
     profiles: Sequence[Profile | None],
 ) -> tuple[list[int], dict[int, list[int]]]:
-    """Which profiles steer nothing, and which have which lowest steered layer."""
+    """Which profiles steer nothing, and which steer from which layer on."""
     unsteered: list[int] = []
     steered: dict[int, list[int]] = {}
     for number, profile in enumerate(profiles):
-        found = (profile or UNSTEERED).steered_layers
-        (steered.setdefault(found[0], []) if found else unsteered).append(number)
+        lowest = (profile or UNSTEERED).lowest_layer
+        (unsteered if lowest is None else steered.setdefault(lowest, [])).append(number)
     return unsteered, steered
+
+
+def prompts_of(pieces: Sequence[Piece]) -> list[int]:
+    """How many tokens of each text are its prompt."""
+    return [piece.prompt for piece in pieces]
 
 
 def _copies(pieces: Sequence[Piece], model: PreTrainedModel) -> int:

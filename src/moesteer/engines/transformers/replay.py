@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesteer.engines.transformers.routers import MoELayer, dummy_tokens, replace_forward
+from moesteer.engines.transformers.stream import find_decoder
 
 
 class Replay:
@@ -24,9 +25,7 @@ class Replay:
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
         self._model = model
-        parts = layers[0].name.split(".")
-        path = ".".join(parts[: parts.index(str(layers[0].layer))])
-        self._decoder: Sequence[nn.Module] = list(model.get_submodule(path).children())
+        self._decoder: Sequence[nn.Module] = find_decoder(model, layers)
         self._saves: dict[int, bool] = {}
 
     def saves(self, start: int) -> bool:

@@ -75,6 +75,11 @@ def find_routers(model: PreTrainedModel) -> list[Router]:
     return sorted(routers, key=lambda router: router.layer)
 
 
+def is_dense(model: PreTrainedModel) -> bool:
+    """Whether no class of the model records router logits."""
+    return not _recorders(model)
+
+
 def describe(model: PreTrainedModel) -> str:
     """The model's class and type, for messages."""
     return f"{type(model).__name__} (model type {model.config.model_type!r})"

@@ -11,7 +11,7 @@ Both count by slot: a batch row belongs to a slot (a profile when steering, an e
 detecting), and `SelectionCounts` holds how often each slot's tokens selected each expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,10 +42,16 @@ TopK = Callable[[Callable, tuple, dict], Any]
 
 
 class Rows:
-    """Which slot each row of the running batch belongs to; None: all to slot 0."""
+    """Which slot each row of the running batch belongs to; None: all to slot 0.
 
-    def __init__(self) -> None:
+    And which of its tokens are a prompt's: those before `prompts` of their row, or, where that is
+    None, those of the first forward pass, before anything is cached.
+    """
+
+    def __init__(self, prompts: Sequence[int] | None = None) -> None:
         self.slots: Int[Tensor, " row"] | None = None
+        self.prompts = None if prompts is None else torch.tensor(prompts)
+        self._start = self._columns = 0
 
     def watch(self, decoder: nn.Module) -> Undo:
         """Refuse each batch that has another number of rows, or a multiple of it (beams)."""
@@ -54,7 +60,10 @@ class Rows:
             inputs = args[0] if args else kwargs.get("input_ids")
             if inputs is None:
                 inputs = kwargs.get("inputs_embeds")
-            if self.slots is None or inputs is None:
+            if inputs is None:
+                return
+            self._start, self._columns = _cached(kwargs), inputs.shape[1]
+            if self.slots is None:
                 return
             if not len(self.slots) or inputs.shape[0] % len(self.slots):
                 raise MoesteerError(
@@ -78,6 +87,19 @@ class Rows:
                 " a multiple: give one profile for each row of the batch that runs."
             )
         return self.slots.to(device).repeat_interleave(tokens // rows)
+
+    def generated(self, tokens: int, device: torch.device) -> Bool[Tensor, " token"]:
+        """Which of the batch's tokens (rows × positions, row by row) stand after their prompt."""
+        if self.prompts is None:
+            return torch.full((tokens,), self._start > 0, device=device)
+        places = self._start + torch.arange(self._columns)
+        return (places >= self.prompts[:, None]).flatten().to(device)
+
+
+def _cached(kwargs: dict) -> int:
+    """How many positions a forward pass takes from its cache."""
+    length = getattr(kwargs.get("past_key_values"), "get_seq_length", None)
+    return 0 if length is None else int(length())
 
 
 def observe(layer: MoELayer, see: Callable[[Tensor, Tensor], None]) -> Undo:

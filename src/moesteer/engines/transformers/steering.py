@@ -6,7 +6,8 @@
 
 Leaving the block restores the model exactly, also after an exception, and raises `DidNotFire`
 where the evidence does not show that every token obeyed. A list of profiles steers each row of a
-batch by its own; None leaves a row alone.
+batch by its own; None leaves a row alone. What is steered is routing (`seam.py`), and the residual
+stream (`directing.py`).
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,17 @@ from typing import Self
 import torch
 from transformers import PreTrainedModel
 
-from moesteer.engines.evidence import LayerEvidence, check_fired
-from moesteer.engines.transformers.routers import MoELayer, describe, forward_dummy, trace_layers
+from moesteer.engines.evidence import DirectionEvidence, LayerEvidence, check_fired
+from moesteer.engines.transformers.directing import DirectedSite, directed_sites
+from moesteer.engines.transformers.routers import (
+    MoELayer,
+    describe,
+    forward_dummy,
+    is_dense,
+    trace_layers,
+)
 from moesteer.engines.transformers.seam import Rows, SelectionCounts, SteeredLayer, Undo, observe
+from moesteer.engines.transformers.stream import Stream, find_stream
 from moesteer.errors import DidNotFire, MoesteerError
 from moesteer.profile import Expert, LayerShape, Profile, check_fits
 
@@ -34,6 +43,8 @@ class Steering:
         model: PreTrainedModel,
         profiles: Profile | Sequence[Profile | None],
         layers: Sequence[MoELayer],
+        stream: Stream | None = None,
+        prompts: Sequence[int] | None = None,
     ) -> None:
         holder = model.__dict__.get(_STEERED)
         if holder is not None:
@@ -43,7 +54,10 @@ class Steering:
             )
         self._model = model
         self._layers = {layer.layer: layer for layer in layers}
-        self._rows = Rows()
+        self._stream = stream
+        self._rows = Rows(prompts)
+        self._directed: list[DirectedSite] = []
+        self._undo_directed: list[Undo] = []
         self._steered: dict[int, SteeredLayer] = {}
         self._undo: dict[int, Undo] = {}
         self._profiles: list[Profile] = []
@@ -68,6 +82,8 @@ class Steering:
         for profile in distinct:
             check_fits(profile, layer_shapes(self._layers.values()))
         slots = max(len(distinct), len(self._profiles))
+        directed = self._sites(distinct, slots)
+        self._undo_directions()
         grown = bool(self._profiles) and slots > len(self._profiles)
         wanted = {layer for profile in distinct for layer in profile.steered_layers}
         for layer in list(self._steered):
@@ -84,13 +100,26 @@ class Steering:
                 self._steered[layer] = SteeredLayer(self._layers[layer], slots)
                 self._undo[layer] = self._steered[layer].attach(self._rows)
             self._steered[layer].write(self._profiles)
+        self._directed = directed
+        for site in directed:  # behind the routing: they read logits before it is steered
+            self._undo_directed.append(site.attach(self._rows))
 
-    def evidence(self) -> list[LayerEvidence]:
-        """What was counted at the experts' input since the profiles were put in place."""
+    def _sites(self, profiles: list[Profile], slots: int) -> list[DirectedSite]:
+        """The sites of the profiles' directions; the stream is found where they are the first."""
+        if not any(profile.directions for profile in profiles):
+            return []
+        if self._stream is None:
+            self._stream = find_stream(self._model, list(self._layers.values()))
+        padded = profiles + [UNSTEERED] * (slots - len(profiles))
+        return directed_sites(self._stream, list(self._layers.values()), padded)
+
+    def evidence(self) -> list[LayerEvidence | DirectionEvidence]:
+        """What was counted at the experts' input, and measured at the sites of directions, since
+        the profiles were put in place."""
         return [seen for _, seen in self._seen()]
 
-    def _seen(self) -> list[tuple[Profile, LayerEvidence]]:
-        found = []
+    def _seen(self) -> list[tuple[Profile, LayerEvidence | DirectionEvidence]]:
+        found: list[tuple[Profile, LayerEvidence | DirectionEvidence]] = []
         for slot, profile in enumerate(self._profiles):
             for layer in profile.steered_layers:
                 counts = self._steered[layer].evidence
@@ -104,6 +133,8 @@ class Steering:
                     {expert: selected[expert] for expert in deactivated},
                 )
                 found.append((profile, seen))
+        for site in self._directed:
+            found += site.evidence(self._profiles)
         return found
 
     def check(self) -> None:
@@ -116,7 +147,12 @@ class Steering:
         self._detach()
         self.check()
 
+    def _undo_directions(self) -> None:
+        while self._undo_directed:
+            self._undo_directed.pop()()
+
     def _detach(self) -> None:
+        self._undo_directions()
         for undo in reversed(self._undo.values()):
             undo()
         self._undo.clear()
@@ -138,12 +174,7 @@ class Steering:
         return ", ".join(dict.fromkeys(profile.name for profile in self._profiles))
 
     def __str__(self) -> str:
-        lines = [
-            f"  layer {seen.layer}: {seen.tokens} tokens"
-            f"; activated selected by {_shares(seen.activated, seen.tokens)}"
-            f"; deactivated by {_shares(seen.deactivated, seen.tokens)}"
-            for seen in self.evidence()
-        ]
+        lines = [_line(seen) for seen in self.evidence()]
         return "\n".join([self.name, *(lines or ["  steers nothing"])])
 
 
@@ -151,14 +182,20 @@ def steer(
     model: PreTrainedModel,
     profiles: Profile | Sequence[Profile | None],
     layers: Sequence[MoELayer] | None = None,
+    stream: Stream | None = None,
+    prompts: Sequence[int] | None = None,
 ) -> Steering:
     """Steer a model by a profile, or each row of its batches by its own profile.
 
-    `layers` are the model's routed layers where they are known already (`checked_layers`); without
-    them they are traced and self-tested now. Raises MoesteerError where the model can't be
+    `layers` are the model's routed layers where they are known already (`checked_layers`), `stream`
+    its residual stream (`find_stream`); without them they are traced and self-tested now. `prompts`
+    says how many columns of each row are its prompt, for directions with a window; without it the
+    prompt is what runs before anything is cached. Raises MoesteerError where the model can't be
     steered, is steered already, or a profile doesn't fit it.
     """
-    return Steering(model, profiles, checked_layers(model) if layers is None else layers)
+    if layers is None:
+        layers = [] if is_dense(model) else checked_layers(model)
+    return Steering(model, profiles, layers, stream, prompts)
 
 
 def layer_shapes(layers: Sequence[MoELayer] | object) -> tuple[LayerShape, ...]:
@@ -209,6 +246,20 @@ def count_dummy_selections(
         for restore in undo:
             restore()
     return counts
+
+
+def _line(seen: LayerEvidence | DirectionEvidence) -> str:
+    if isinstance(seen, LayerEvidence):
+        return (
+            f"  layer {seen.layer}: {seen.tokens} tokens"
+            f"; activated selected by {_shares(seen.activated, seen.tokens)}"
+            f"; deactivated by {_shares(seen.deactivated, seen.tokens)}"
+        )
+    whose = "" if seen.expert is None else f", expert {seen.expert}"
+    where = f"  layer {seen.layer}, {seen.place}{whose}: {seen.tokens} tokens"
+    if seen.operation == "ablate":
+        return f"{where}; at most {seen.measured:.2%} of their norm left along the direction"
+    return f"{where}; moved {seen.measured:+.4g} along the direction, {seen.expected:+.4g} expected"
 
 
 def _shares(selected: dict[int, int], tokens: int) -> str:

@@ -1,0 +1,405 @@
+"""Directions put into a running model: added to, or projected out of, what passes a site.
+
+A hook on the module of a site changes what passes; a second hook behind it sees what goes on from
+there, and notes how far that moved along each direction, or what is left of it. As in the seam,
+each row of a batch belongs to a slot (a profile), and tables hold what each slot does.
+
+    h ← h − r̂ (r̂ᵀh) + Σ c·v          an expert's additions are weighted by p_e(t)
+
+The line is projected out of the stream first; what is added along it afterwards stays.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moesteer.direction import Direction, Site, Window
+from moesteer.engines.evidence import DirectionEvidence
+from moesteer.engines.transformers.routers import MoELayer, selection
+from moesteer.engines.transformers.seam import Rows, Undo, observe_logits
+from moesteer.engines.transformers.stream import Stream
+from moesteer.errors import MoesteerError
+from moesteer.profile import Profile
+
+WINDOWS: dict[Window, int] = {"prompt": 1, "generation": 2, "all": 3}
+"""As bits: the prompt's tokens, and the generated ones."""
+
+
+@dataclass(eq=False)
+class Use:
+    """One direction a slot, at one site; slots without one have a vector of zeros.
+
+    `passed` and the sums are kept on the device: tokens in the window, how far they moved along the
+    direction and should have, the largest share of their norm that is left along it.
+    """
+
+    directions: list[Direction | None]
+    vector: Float[Tensor, "slot hidden"]
+    unit: Float[Tensor, "slot hidden"]
+    window: Int[Tensor, " slot"]
+    passed: Int[Tensor, " slot"] = field(init=False)
+    measured: Float[Tensor, " slot"] = field(init=False)
+    expected: Float[Tensor, " slot"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.always = all(d is not None and d.window == "all" for d in self.directions)
+        self.experts = torch.tensor(
+            [-1 if d is None or d.expert is None else d.expert for d in self.directions],
+            device=self.vector.device,
+        )
+        self.weighted = bool((self.experts >= 0).any())
+        self.zero()
+
+    def to(self, device: torch.device) -> None:
+        """Where the site's tensors are, which offloaded modules don't say beforehand."""
+        if self.vector.device != device:
+            for name in ("vector", "unit", "window", "experts", "passed", "measured", "expected"):
+                setattr(self, name, getattr(self, name).to(device))
+
+    def zero(self) -> None:
+        slots, device = len(self.directions), self.vector.device
+        self.passed = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.measured = torch.zeros(slots, device=device)
+        self.expected = torch.zeros(slots, device=device)
+
+
+def use_of(directions: Sequence[Direction | None], device: torch.device, hidden: int) -> Use:
+    """Tables of one direction a slot; an addition's vector is multiplied by its coefficient."""
+    vector = torch.zeros(len(directions), hidden, dtype=torch.float64)
+    window = torch.zeros(len(directions), dtype=torch.int64)
+    for slot, direction in enumerate(directions):
+        if direction is not None:
+            vector[slot] = torch.tensor(direction.vector, dtype=torch.float64)
+            vector[slot] *= direction.coefficient
+            window[slot] = WINDOWS[direction.window]
+    length = vector.norm(dim=-1, keepdim=True)
+    unit = torch.where(length > 0, vector / length.clamp(min=1e-300), 0.0)
+    return Use(
+        list(directions), vector.float().to(device), unit.float().to(device), window.to(device)
+    )
+
+
+class DirectedSite:
+    """One site under profiles: at most one projection a slot, and any number of additions."""
+
+    def __init__(
+        self,
+        site: Site,
+        modules: Sequence[nn.Module],
+        layer: MoELayer | None,
+        profiles: Sequence[Profile],
+        hidden: int,
+    ) -> None:
+        self.site = site
+        self.modules = modules
+        self.layer = layer
+        here = [[d for d in p.directions if site in d.sites] for p in profiles]
+        device = _device(modules[0])
+
+        def uses(operation: str, own: bool) -> list[Use]:
+            """The directions of each slot, the first of each together, the second, and so on."""
+            chosen = [
+                [d for d in of if d.operation == operation and (d.expert is not None) == own]
+                for of in here
+            ]
+            return [
+                use_of([of[n] if n < len(of) else None for of in chosen], device, hidden)
+                for n in range(max(map(len, chosen)))
+            ]
+
+        self.ablated = uses("ablate", own=False)
+        self.added = uses("add", own=False) + uses("add", own=True)
+        self.of_experts = uses("ablate", own=True)
+        self.probabilities: Float[Tensor, "token expert"] | None = None
+        self.before: Tensor | None = None
+        self.wanted: Tensor | None = None
+
+    def attach(self, rows: Rows) -> Undo:
+        """Put the site under its tables; the undo restores it exactly."""
+        undo: list[Undo] = []
+        if any(use.weighted for use in self.added):
+            assert self.layer is not None
+
+            def score(logits: Float[Tensor, "token expert"]) -> None:
+                self.probabilities = logits.float().softmax(-1)
+
+            undo.append(observe_logits(self.layer, score))
+        if self.of_experts:
+            assert self.layer is not None
+            undo.append(self._attach_to_experts(self.layer, rows))
+        if self.ablated or self.added:
+            place = self.site[1]
+            for number, module in enumerate(self.modules):
+                # Where several modules write at a place, the line leaves all; one adds.
+                adds = number == 0
+                if place == "input":
+                    undo += _on_input(module, rows, self._change, self._see, adds)
+                else:
+                    undo += _on_output(module, rows, self._change, self._see, adds)
+
+        def restore() -> None:
+            for one in reversed(undo):
+                one()
+
+        return restore
+
+    def _change(self, hidden: Tensor, rows: Rows, adds: bool) -> Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        slots = rows.of_tokens(len(flat), flat.device)
+        for use in (*self.ablated, *self.added):
+            use.to(flat.device)
+        x = flat.float()
+        change = None
+        for use in self.ablated:
+            unit = _of(use.unit, slots)
+            along = (x * unit).sum(-1, keepdim=True)
+            change = _plus(change, _within(-along * unit, use, rows, slots, len(flat)))
+        for use in self.added if adds else ():
+            moved = _of(use.vector, slots)
+            if use.weighted:
+                assert self.probabilities is not None
+                moved = moved * self._weight(use, slots)
+            change = _plus(change, _within(moved, use, rows, slots, len(flat)))
+        if change is None:
+            return hidden
+        self.before, self.wanted = x, change
+        return (x + change).to(hidden.dtype).view_as(hidden)
+
+    def _weight(self, use: Use, slots: Tensor | None) -> Float[Tensor, "token 1"]:
+        """The router's probability of each token's expert; 1 of a direction that has none."""
+        assert self.probabilities is not None
+        experts = _of(use.experts, slots).expand(len(self.probabilities))
+        chosen = self.probabilities.gather(-1, experts.clamp(min=0).unsqueeze(-1))
+        return torch.where(experts.unsqueeze(-1) >= 0, chosen, 1.0)
+
+    def _see(self, hidden: Tensor, rows: Rows, adds: bool) -> None:
+        """What goes on from the site, against what came to it."""
+        if self.before is None or self.wanted is None:
+            return
+        y = hidden.reshape(-1, hidden.shape[-1]).float()
+        slots = rows.of_tokens(len(y), y.device)
+        for use in self.added if adds else ():
+            unit = _of(use.unit, slots)
+            _note(
+                use, rows, slots, ((y - self.before) * unit).sum(-1), (self.wanted * unit).sum(-1)
+            )
+        for use in self.ablated:
+            unit = _of(use.unit, slots)
+            # What was added along the line afterwards is meant to be there.
+            added = self.wanted + (self.before * unit).sum(-1, keepdim=True) * unit
+            left = ((y - added) * unit).sum(-1).abs() / y.norm(dim=-1).clamp(min=1e-30)
+            _note_largest(use, rows, slots, left)
+        self.before = self.wanted = None
+
+    def _attach_to_experts(self, layer: MoELayer, rows: Rows) -> Undo:
+        experts = layer.experts
+        if experts is None:
+            raise MoesteerError(
+                f"the experts of layer {layer.layer} are computed together, so that one expert's"
+                " own output can't be changed; ablate at the mlp of the layer."
+            )
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+            chosen = selection(args, kwargs)
+            assert chosen is not None
+            index, weights = chosen
+            hidden = first_argument(args, kwargs)
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            result = output.reshape(-1, output.shape[-1]).clone()
+            slots = rows.of_tokens(len(flat), flat.device)
+            for use in self.of_experts:
+                use.to(flat.device)
+                wanted = _of(use.experts, slots).expand(len(flat))
+                hit = (index == wanted.unsqueeze(-1)) & _in_window(use, rows, slots, len(flat))
+                token, place = hit.nonzero(as_tuple=True)
+                if not len(token):
+                    continue
+                own = module.forward(
+                    flat[token], index[token, place, None], weights[token, place, None]
+                )
+                own = own.reshape(-1, own.shape[-1]).float()
+                unit = _of(use.unit, slots).expand(len(flat), -1)[token]
+                left = own - (own * unit).sum(-1, keepdim=True) * unit
+                result[token] = (result[token].float() - own + left).to(result.dtype)
+                kept = (left * unit).sum(-1).abs() / own.norm(dim=-1).clamp(min=1e-30)
+                _note_tokens(use, slots, token, kept)
+            return result.view_as(output)
+
+        return experts.register_forward_hook(hook, with_kwargs=True).remove
+
+    def evidence(self, profiles: Sequence[Profile]) -> list[tuple[Profile, DirectionEvidence]]:
+        """What each slot's directions did here since they were put in place."""
+        layer, place = self.site
+        found = []
+        for use in (*self.ablated, *self.added, *self.of_experts):
+            for slot, direction in enumerate(use.directions):
+                if direction is None:
+                    continue
+                tokens = int(use.passed[slot])
+                share = tokens if direction.operation == "add" else 1
+                found.append(
+                    (
+                        profiles[slot],
+                        DirectionEvidence(
+                            profiles[slot].name,
+                            layer,
+                            place,
+                            direction.expert,
+                            direction.operation,
+                            tokens,
+                            float(use.measured[slot]) / max(share, 1),
+                            float(use.expected[slot]) / max(share, 1),
+                        ),
+                    )
+                )
+        return found
+
+
+def directed_sites(
+    stream: Stream, layers: Sequence[MoELayer], profiles: Sequence[Profile]
+) -> list[DirectedSite]:
+    """The sites that the profiles use; MoesteerError where the model has no such site."""
+    routed = {layer.layer: layer for layer in layers}
+    wanted = dict.fromkeys(s for p in profiles for d in p.directions for s in d.sites)
+    for profile in profiles:
+        for direction in profile.directions:
+            if len(direction.vector) != stream.hidden:
+                raise MoesteerError(
+                    f"{profile.name}: a direction has {len(direction.vector)} numbers; the model's"
+                    f" hidden states have {stream.hidden}."
+                )
+            if direction.expert is not None and direction.sites[0][0] not in routed:
+                raise MoesteerError(
+                    f"{profile.name}: layer {direction.sites[0][0]} has no experts, but a direction"
+                    f" names expert {direction.expert} of it."
+                )
+    sites = []
+    for site in sorted(wanted):
+        layer, place = site
+        if not 0 <= layer < len(stream.decoder):
+            raise MoesteerError(
+                f"there is no layer {layer}: the model has layers 0–{len(stream.decoder) - 1}."
+            )
+        modules = (stream.decoder[layer],) if place == "input" else stream.writes.get(site, ())
+        if not modules:
+            raise MoesteerError(f"layer {layer} of this model has no {place}.")
+        sites.append(DirectedSite(site, modules, routed.get(layer), profiles, stream.hidden))
+    return sites
+
+
+def first_argument(args: tuple, kwargs: dict) -> Tensor:
+    """The hidden states among a module's arguments."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+# -- hooks ---------------------------------------------------------------------------------------
+
+Change = Callable[[Tensor, Rows, bool], Tensor]
+See = Callable[[Tensor, Rows, bool], None]
+
+
+def _on_input(module: nn.Module, rows: Rows, change: Change, see: See, adds: bool) -> list[Undo]:
+    def enter(_module: object, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (change(args[0], rows, adds), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"], rows, adds)}
+
+    def watch(_module: object, args: tuple, kwargs: dict) -> None:
+        see(first_argument(args, kwargs), rows, adds)
+
+    return [
+        module.register_forward_pre_hook(enter, with_kwargs=True).remove,
+        module.register_forward_pre_hook(watch, with_kwargs=True).remove,
+    ]
+
+
+def _on_output(module: nn.Module, rows: Rows, change: Change, see: See, adds: bool) -> list[Undo]:
+    def leave(_module: object, _args: object, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(output[0], rows, adds), *output[1:])
+        return change(output, rows, adds)
+
+    def watch(_module: object, _args: object, output: Any) -> None:
+        see(output[0] if isinstance(output, tuple) else output, rows, adds)
+
+    return [
+        module.register_forward_hook(leave).remove,
+        module.register_forward_hook(watch).remove,
+    ]
+
+
+# -- by token ------------------------------------------------------------------------------------
+
+
+def _of(table: Tensor, slots: Tensor | None) -> Tensor:
+    """The table's row of each token; the one row there is, to be broadcast, without slots."""
+    return table[:1] if slots is None else table[slots]
+
+
+def _plus(one: Tensor | None, other: Tensor) -> Tensor:
+    return other if one is None else one + other
+
+
+def _in_window(use: Use, rows: Rows, slots: Tensor | None, tokens: int) -> Bool[Tensor, "token 1"]:
+    """Which tokens lie in their slot's window."""
+    window = _of(use.window, slots).expand(tokens)
+    generated = rows.generated(tokens, use.window.device)
+    return ((window >> generated.to(window.dtype)) & 1).bool().unsqueeze(-1)
+
+
+def _within(
+    change: Tensor, use: Use, rows: Rows, slots: Tensor | None, tokens: int
+) -> Float[Tensor, "token hidden"]:
+    if use.always:
+        return change
+    return torch.where(_in_window(use, rows, slots, tokens), change, 0.0)
+
+
+def _counts(use: Use, rows: Rows, slots: Tensor | None, tokens: int) -> Tensor | None:
+    """1 for tokens in the window; None: all are."""
+    return None if use.always else _in_window(use, rows, slots, tokens).squeeze(-1)
+
+
+def _note(use: Use, rows: Rows, slots: Tensor | None, measured: Tensor, expected: Tensor) -> None:
+    counts = _counts(use, rows, slots, len(measured))
+    expected = expected.expand_as(measured)
+    if counts is not None:
+        measured, expected = measured * counts, expected * counts
+    if slots is None:
+        use.passed += len(measured) if counts is None else counts.sum()
+        use.measured += measured.sum()
+        use.expected += expected.sum()
+        return
+    ones = torch.ones_like(slots) if counts is None else counts.to(slots.dtype)
+    use.passed.index_add_(0, slots, ones)
+    use.measured.index_add_(0, slots, measured)
+    use.expected.index_add_(0, slots, expected)
+
+
+def _note_largest(use: Use, rows: Rows, slots: Tensor | None, left: Tensor) -> None:
+    counts = _counts(use, rows, slots, len(left))
+    if counts is not None:
+        left = left * counts
+    if slots is None:
+        use.passed += len(left) if counts is None else counts.sum()
+        torch.maximum(use.measured, left.max(), out=use.measured)
+        return
+    ones = torch.ones_like(slots) if counts is None else counts.to(slots.dtype)
+    use.passed.index_add_(0, slots, ones)
+    use.measured.scatter_reduce_(0, slots, left, "amax")
+
+
+def _note_tokens(use: Use, slots: Tensor | None, token: Tensor, left: Tensor) -> None:
+    own = torch.zeros_like(token) if slots is None else slots[token]
+    use.passed.index_add_(0, own, torch.ones_like(own))
+    use.measured.scatter_reduce_(0, own, left, "amax")
+
+
+def _device(module: nn.Module) -> torch.device:
+    tensors = (*module.parameters(), *module.buffers())
+    devices = [t.device for t in tensors if not t.is_meta]
+    return devices[0] if devices else torch.device("cpu")

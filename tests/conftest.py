@@ -16,7 +16,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CHECKED = [
     "moesteer.rules",
     "moesteer.detection",
+    "moesteer.directions.means",
+    "moesteer.directions.refusal",
+    "moesteer.directions.residual",
+    "moesteer.directions.selection",
     "moesteer.engines.transformers.seam",
+    "moesteer.engines.transformers.directing",
+    "moesteer.engines.transformers.residuals",
     "moesteer.engines.transformers.reading",
     "moesteer.engines.transformers.gates",
     "moesteer.evaluation.comparison",

@@ -399,18 +399,21 @@ def _check_weights(name: str, made_on: ModelFacts, model: ModelFacts) -> None:
                 f" the router of layer {shape.layer} has norm {theirs:.6g} in the profile and"
                 f" {ours:.6g} in the model. Detect again on this model."
             )
-    layers = zip(model.layers, made_on.layer_norms, model.layer_norms, strict=False)
-    for shape, theirs, ours in layers:
+    numbers = [shape.layer for shape in model.layers] or range(model.decoder_layers)
+    layers = zip(numbers, made_on.layer_norms, model.layer_norms, strict=False)
+    for layer, theirs, ours in layers:
         if abs(theirs - ours) > NORM_TOLERANCE * theirs:
+            alike = "routers" if model.layers else "shape"
             warnings.warn(
-                f"{name} was made on {made_on.id}; {model.id} has the same routers but other"
-                f" weights (layer {shape.layer}: norm {theirs:.6g} in the profile, {ours:.6g} in"
+                f"{name} was made on {made_on.id}; {model.id} has the same {alike} but other"
+                f" weights (layer {layer}: norm {theirs:.6g} in the profile, {ours:.6g} in"
                 " the model): a fine-tuned or quantised relative. Check that it still steers.",
                 MoesteerWarning,
                 stacklevel=3,
             )
             return
-    if made_on.id != UNKNOWN and not (made_on.router_norms and model.router_norms):
+    norms = [m.router_norms if m.layers else m.layer_norms for m in (made_on, model)]
+    if made_on.id != UNKNOWN and not all(norms):
         warnings.warn(
             f"{name}: whether it was made on the weights of {model.id} can't be compared (offloaded"
             " weights have no norms); layers, experts and config are the same.",

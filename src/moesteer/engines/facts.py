@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesteer.engines.checkpoint import (
@@ -22,8 +22,9 @@ from moesteer.engines.checkpoint import (
     without_weights,
 )
 from moesteer.engines.stored_weights import StoredWeights, stored_dtype
-from moesteer.engines.transformers.routers import MoELayer
+from moesteer.engines.transformers.routers import MoELayer, is_dense
 from moesteer.engines.transformers.steering import layer_shapes
+from moesteer.engines.transformers.stream import find_decoder
 from moesteer.engines.transformers.weightless import trace_without_weights
 from moesteer.profile import ModelFacts
 
@@ -65,7 +66,11 @@ def facts_of_model(
 
 
 def facts_of_checkpoint(
-    model: str, *, revision: str | None = None, chat_template: str | None = None
+    model: str,
+    *,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    dense: bool = False,
 ) -> ModelFacts:
     """The facts that `TransformersEngine` would say of a model, without loading it.
 
@@ -75,7 +80,7 @@ def facts_of_checkpoint(
     those of the layers where weights are quantised (their routers seldom are).
 
     Raises MoesteerError where transformers has no config, architecture or tokenizer for the model,
-    or its routing can't be read.
+    or its routing can't be read; with `dense`, a model without experts will do.
     """
     path = resolve(model)
     config = read_config(path, revision)
@@ -87,7 +92,7 @@ def facts_of_checkpoint(
     return _facts(
         outline,
         read_tokenizer(path, revision, chat_template),
-        trace_without_weights(outline),
+        [] if dense and is_dense(outline) else trace_without_weights(outline),
         StoredWeights(outline, files).under,
         model,
         revision or commit,
@@ -108,6 +113,8 @@ def _facts(
     entries["layers"] = [[s.layer, s.experts, s.top_k] for s in shapes]
     words = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     squares = [_squares(model, layer, weights) for layer in layers]
+    if not layers:
+        squares = [(0.0, _dense_square(layer)) for layer in find_decoder(model, layers)]
     return ModelFacts(
         id=id,
         revision=revision,
@@ -116,7 +123,7 @@ def _facts(
         tokenizer_hash=_hash(words + str(tokenizer.chat_template)),
         family="; ".join(dict.fromkeys(layer.family for layer in layers)),
         layers=shapes,
-        router_norms=_norms([router for router, _ in squares]),
+        router_norms=_norms([router for router, _ in squares]) if layers else (),
         layer_norms=_norms([rest for _, rest in squares]),
         dtype=str(model.dtype).removeprefix("torch."),
         decoder_layers=_number(config, "num_hidden_layers"),
@@ -178,6 +185,14 @@ def _rest_square(weight: Tensor) -> float:
     part = weight[0] if weight.dim() > 2 else weight
     pieces = part.flatten().split(PIECE)
     return sum(float(piece.double().square().sum()) for piece in pieces)
+
+
+def _dense_square(layer: nn.Module) -> float | None:
+    """Of a decoder layer without a router."""
+    weights = [weight for weight in layer.parameters() if weight.is_floating_point()]
+    return (
+        None if any(w.is_meta for w in weights) else sum(_rest_square(w.detach()) for w in weights)
+    )
 
 
 def _total(squares: dict[str, float | None]) -> float | None:

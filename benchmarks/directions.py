@@ -10,7 +10,7 @@ from paired import Figure, Ratio, Work, relative_speed
 
 from moesteer.detection.counts import BATCH_TOKENS, batches_by_length
 from moesteer.direction import Direction
-from moesteer.directions.means import Means
+from moesteer.directions.means import RunningMean
 from moesteer.engines.transformers.steering import steer
 from moesteer.engines.transformers_engine import TransformersEngine
 from moesteer.profile import Profile
@@ -71,7 +71,7 @@ def extraction_speed(
     engine: TransformersEngine, texts: Sequence[tuple[int, ...]], rounds: int
 ) -> Ratio:
     """Batch by batch: read, moved to fp64 and averaged, against the forward pass alone."""
-    means = Means((engine.facts.decoder_layers, LAST, engine.facts.hidden))
+    means = RunningMean()
     ours: list[Work] = []
     bare: list[Work] = []
     for batch in batches_by_length([len(text) for text in texts], BATCH_TOKENS):

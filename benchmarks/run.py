@@ -27,6 +27,7 @@ SECTIONS = (
     "resampling",
     "decoding",
     "compiled",
+    "directions",
 )
 ON_VLLM = ("on_vllm",)
 """Sections for vLLM's own environment, whose results are kept apart."""

@@ -16,8 +16,6 @@ from safetensors.numpy import save_file
 from moesteer.direction import Candidates, Direction
 from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.profile import (
-    HEADER_KEY,
-    SCHEMA,
     UNKNOWN,
     Evidence,
     LayerShape,
@@ -28,6 +26,7 @@ from moesteer.profile import (
     check_model,
     combine,
 )
+from moesteer.profile_file import HEADER_KEY, SCHEMA
 
 # A dense layer 0, then routed layers of unequal width.
 LAYERS = (LayerShape(1, 4, 2), LayerShape(2, 4, 2), LayerShape(5, 3, 1))

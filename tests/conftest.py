@@ -23,10 +23,14 @@ CHECKED = [
     "moesteer.engines.transformers.seam",
     "moesteer.engines.transformers.directing",
     "moesteer.engines.transformers.residuals",
+    "moesteer.engines.transformers.expert_outputs",
+    "moesteer.engines.transformers.contributions",
     "moesteer.engines.transformers.reading",
     "moesteer.engines.transformers.gates",
     "moesteer.evaluation.comparison",
     "moesteer.evaluation.drift",
+    "moesteer.directions.expert_means",
+    "moesteer.directions.writers",
     "moesteer.published_rankings",
 ]
 install_import_hook(CHECKED, "beartype.beartype")

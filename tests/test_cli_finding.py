@@ -318,7 +318,7 @@ def damaged(made: dict[str, Path], in_tmp_path: Path) -> Callable[[str], Path]:
     ("what", "words"),
     [
         ("truncated", ("not a readable profile",)),
-        ("schema", ("schema 99", "reads schema 2")),
+        ("schema", ("schema 99", "reads schema 3")),
         ("nan", ("value of expert (1, 2) is nan",)),
         ("layer", ("layer 17", "0–3")),
         ("expert", ("(1, 8) does not exist", "0–7")),

@@ -84,20 +84,45 @@ def tokenise_pairs(
     leaves out or rewrites the target, where `max_tokens` cuts into it, and where the tokenizer
     drops characters.
     """
+    sides = [
+        (f"{pair.source}: side {name}", conversation)
+        for pair in pairs
+        for name, conversation in (("a", pair.a), ("b", pair.b))
+    ]
+    tokenised = tokenise(sides, tokenizer, chat_options=chat_options, max_tokens=max_tokens)
+    halves = zip(pairs, tokenised[::2], tokenised[1::2], strict=True)
+    return [TokenisedPair(a, b, pair.source) for pair, a, b in halves]
+
+
+def tokenise(
+    conversations: Sequence[tuple[str, Conversation]],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    chat_options: Mapping[str, object] = NO_OPTIONS,
+    max_tokens: int | None = None,
+    add_generation_prompt: bool = False,
+) -> list[TokenisedConversation]:
+    """As `tokenise_pairs`, of single conversations, each with the place that its errors name.
+
+    With `add_generation_prompt`, up to where the model's reply begins.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise MoesteerError(
             f"{type(tokenizer).__name__} cannot say which characters a token covers; load the fast "
             "tokenizer (a tokenizer.json, use_fast=True)"
         )
-    sides = [side for pair in pairs for side in ((pair, "a", pair.a), (pair, "b", pair.b))]
     tokenised: list[TokenisedConversation] = []
     batch_size = 512  # keeps the offsets, as Python objects, from piling up
-    for first in range(0, len(sides), batch_size):
-        batch = sides[first : first + batch_size]
+    for first in range(0, len(conversations), batch_size):
+        batch = conversations[first : first + batch_size]
         rendered: list[tuple[str, list[tuple[int, int]]]] = []
-        for pair, name, conversation in batch:
-            with located(pair.source, name):
-                rendered.append(_render_with_target(conversation, tokenizer, chat_options))
+        for source, conversation in batch:
+            with located(source):
+                rendered.append(
+                    _render_with_target(
+                        conversation, tokenizer, chat_options, add_generation_prompt
+                    )
+                )
         encoded = tokenizer(
             [text for text, _ in rendered],
             add_special_tokens=False,  # the template has written them
@@ -107,16 +132,15 @@ def tokenise_pairs(
         )
         ids: Any = encoded["input_ids"]
         offsets: Any = encoded["offset_mapping"]
-        for i, (pair, name, _) in enumerate(batch):
-            with located(pair.source, name):
+        for i, (source, _) in enumerate(batch):
+            with located(source):
                 text, ranges = rendered[i]
                 target = _target_tokens(text, ranges, offsets[i])
                 _check_length(target, max_tokens)
             tokenised.append(
                 TokenisedConversation(tuple(ids[i][:max_tokens]), tuple(target[:max_tokens]))
             )
-    halves = zip(pairs, tokenised[::2], tokenised[1::2], strict=True)
-    return [TokenisedPair(a, b, pair.source) for pair, a, b in halves]
+    return tokenised
 
 
 def _render(
@@ -155,10 +179,17 @@ def _render_with_target(
     conversation: Conversation,
     tokenizer: "PreTrainedTokenizerBase",
     chat_options: Mapping[str, object],
+    add_generation_prompt: bool,
 ) -> tuple[str, list[tuple[int, int]]]:
     """The rendered conversation, and the ranges of its characters that the target takes."""
     messages = list(conversation.messages)
-    rendered = _render(messages, tokenizer, chat_options)
+
+    def render(messages: Sequence[Message]) -> str:
+        return _render(
+            messages, tokenizer, chat_options, add_generation_prompt=add_generation_prompt
+        )
+
+    rendered = render(messages)
     # A private-use character that occurs nowhere, so that one place is the place.
     mark = next(chr(code) for code in range(0xF0000, 0x110000) if chr(code) not in rendered)
     ranges: list[tuple[int, int]] = []
@@ -166,14 +197,12 @@ def _render_with_target(
         message = messages[span.message]
         text = message.content[span.start : span.end]
         content = message.content[: span.start] + mark + message.content[span.end :]
-        marked = _render(
+        marked = render(
             [
                 *messages[: span.message],
                 Message(message.role, content),
                 *messages[span.message + 1 :],
-            ],
-            tokenizer,
-            chat_options,
+            ]
         )
         left, *rest = marked.split(mark)
         if len(rest) != 1 or left + text + rest[0] != rendered:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 from moesteer.commands.common import ModelOptions
 from moesteer.commands.comparing import detectors
+from moesteer.commands.directing import aim, direction
+from moesteer.commands.exporting import export
 from moesteer.commands.finding import (
     detect,
     import_ranking,
@@ -28,6 +30,7 @@ from moesteer.commands.proving import evaluate, search
 from moesteer.commands.reporting import report
 from moesteer.commands.running import chat, generate
 from moesteer.commands.serving import serve
+from moesteer.commands.writing import writers
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -38,6 +41,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "detectors": detectors,
     "import-ranking": import_ranking,
     "select": select,
+    "direction": direction,
+    "aim": aim,
+    "writers": writers,
     "show": show,
     "generate": generate,
     "chat": chat,
@@ -47,6 +53,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "search": search,
     "report": report,
+    "export": export,
     "testbed": testbed,
 }
 
@@ -137,8 +144,10 @@ def _run(tokens: list[str]) -> int:
         return _complain(str(error))
     except KeyboardInterrupt:
         with_out = {"generate", "detectors", "judge"}
-        goes_on = tokens[0] in {"detect", "evaluate", "search"} or (
-            tokens[0] in with_out and "--out" in tokens
+        goes_on = (
+            tokens[0] in {"detect", "evaluate", "search", "writers"}
+            or (tokens[0] in with_out and "--out" in tokens)
+            or (tokens[0] == "direction" and "--experts" in tokens)
         )
         _complain("interrupted." + (" Started again, it goes on from there." if goes_on else ""))
         return 130

@@ -122,7 +122,7 @@ def parse_pair(record: Mapping[str, object], source: str) -> ContrastPair:
 
     def conversation(side: Literal["a", "b"]) -> Conversation:
         rule, text = _target_rule(target, side)
-        with located(source, side):
+        with located(f"{source}: side {side}"):
             return Conversation(sides[side], rule, _target_spans(sides[side], rule, text))
 
     a, b = conversation("a"), conversation("b")
@@ -153,12 +153,12 @@ def pairs_hash(pairs: Iterable[ContrastPair]) -> str:
 
 
 @contextmanager
-def located(source: str, side: str) -> Iterator[None]:
-    """Puts the pair's source and side before an error."""
+def located(source: str) -> Iterator[None]:
+    """Puts where a text was read before an error."""
     try:
         yield
     except MoesteerError as error:
-        raise MoesteerError(f"{source}: side {side}: {error}") from error.__cause__
+        raise MoesteerError(f"{source}: {error}") from error.__cause__
 
 
 # --- the forms of a record --------------------------------------------------------------------

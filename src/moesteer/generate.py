@@ -20,7 +20,7 @@ from moesteer.records import Record, Text, check_record, check_text, read_record
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine
-    from moesteer.engines.evidence import LayerEvidence
+    from moesteer.engines.evidence import DirectionEvidence, LayerEvidence
 
 GROUP = 8
 """Batches that are asked, and written, together."""
@@ -52,7 +52,7 @@ def read_prompts(arguments: Sequence[str], file: str | None, system: str | None)
         raise MoesteerError("give prompts as arguments or with --file, not both.")
     if file is not None and Path(file).suffix.lower() in (".jsonl", ".csv"):
         records = read_records(file, required=("prompt",))
-        read = [_from_record(record, where) for where, record in records]
+        read = [prompt_of_record(record, where) for where, record in records]
     else:
         name = "prompt" if arguments else (file or "standard input")
         texts = arguments or _lines(file)
@@ -82,7 +82,8 @@ def _standard_input() -> str:
         raise MoesteerError(f"standard input is not UTF-8: {error}.") from None
 
 
-def _from_record(record: dict[str, object], where: str) -> Prompt:
+def prompt_of_record(record: dict[str, object], where: str) -> Prompt:
+    """What a record with a prompt or messages asks; `where` stands before every error."""
     beside = {key: value for key, value in record.items() if key not in ("prompt", "messages")}
     if "messages" not in record:
         text = check_record(_OnePrompt, record, where).prompt
@@ -105,7 +106,7 @@ def generate_to(
     batch_size: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
-) -> "list[LayerEvidence]":
+) -> "list[LayerEvidence | DirectionEvidence]":
     """Write a JSON line a prompt: prompt, reply, profile, and what gives them again.
 
     Returns the proof that the profile fired; MoesteerError where it would steer nothing.
@@ -130,7 +131,7 @@ def generate_to(
         "seed": seed,
     }
     group = GROUP * batch_size
-    evidence: list[LayerEvidence] = []
+    evidence: list[LayerEvidence | DirectionEvidence] = []
     told = progress or (lambda done, total: None)
 
     def lines(start: int) -> list[str]:
@@ -217,11 +218,17 @@ def check_limits(
 
 def check_steers(profile: Profile | None) -> None:
     """MoesteerError for a profile that would leave the model as it is."""
-    if profile is not None and not profile.steered_layers:
+    if profile is None or profile.steers:
+        return
+    if profile.candidates is not None:
         raise MoesteerError(
-            f"{profile.name} steers nothing: it holds scores, but no experts are chosen."
-            " Choose some with `moesteer select`."
+            f"{profile.name} steers nothing: it holds directions to choose from, but none is"
+            " chosen. Choose one with `moesteer aim` or `moesteer search`."
         )
+    raise MoesteerError(
+        f"{profile.name} steers nothing: it holds scores, but no experts are chosen."
+        " Choose some with `moesteer select`."
+    )
 
 
 def merged_options(

@@ -355,6 +355,20 @@ def test_a_direction_without_a_place_is_refused(direction: Direction, said: str)
     assert torch.isfinite(logits(model, tokens())).all()
 
 
+def test_a_line_leaves_the_writes_that_a_hybrid_layer_has() -> None:
+    model, layers, stream = prepared("nemotron_h")
+    every: tuple[Site, ...] = tuple((n, p) for n in range(len(stream.decoder)) for p in PLACES)
+    lacking = [site for site in every if site[1] != "input" and site not in stream.writes]
+    assert len(lacking) == len(stream.decoder)  # each has one of the two
+    with steer(
+        model, Profile(directions=(Direction(vector(), every, "ablate"),)), layers, stream
+    ) as fired:
+        logits(model, tokens())
+    assert len(fired.evidence()) == len(every) - len(lacking)
+    with pytest.raises(MoesteerError, match=f"layer {lacking[0][0]} of this model has no"):
+        steer(model, Profile(directions=(Direction(vector(), (lacking[0],)),)), layers, stream)
+
+
 def test_experts_of_a_dense_model_are_refused() -> None:
     model, layers, stream = prepared("dense")
     direction = Direction(vector(), ((1, "mlp"),), expert=2)

@@ -48,8 +48,17 @@ class ModelOptions:
 DEFAULT = ModelOptions()
 
 
-def load_engine(model: str, options: ModelOptions = DEFAULT) -> "Engine":
-    """The model in the engine that was asked for; MoesteerError where an option is another's."""
+def load_engine(
+    model: str,
+    options: ModelOptions = DEFAULT,
+    *profiles: "Profile | None",
+    dense: bool = False,
+) -> "Engine":
+    """The model in the engine that was asked for; MoesteerError where an option is another's.
+
+    `profiles` are those it is for: vLLM is started with room for their directions, if they have
+    any. With `dense`, a model without experts will do.
+    """
     from moesteer.errors import MoesteerError
     from moesteer.options import parse_options
     from moesteer.records import read_text
@@ -62,7 +71,7 @@ def load_engine(model: str, options: ModelOptions = DEFAULT) -> "Engine":
         given = parse_options(
             options.engine_option or [], "engine option", "tensor_parallel_size=2"
         )
-        return _load_vllm(model, options, read, given)
+        return _load_vllm(model, options, read, given, [p for p in profiles if p is not None])
     if options.engine_option:
         raise MoesteerError("--engine-option is for --engine vllm.")
     from transformers.utils.logging import disable_progress_bar
@@ -77,11 +86,16 @@ def load_engine(model: str, options: ModelOptions = DEFAULT) -> "Engine":
         dtype=options.dtype,
         device_map=options.device,
         chat_template=read,
+        dense=dense,
     )
 
 
 def _load_vllm(
-    model: str, options: ModelOptions, chat_template: str | None, given: dict
+    model: str,
+    options: ModelOptions,
+    chat_template: str | None,
+    given: dict,
+    profiles: "list[Profile]",
 ) -> "Engine":
     # Of what vLLM and torch report on their way, only problems; their processes inherit it.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -97,6 +111,7 @@ def _load_vllm(
         dtype=options.dtype,
         chat_template=chat_template,
         options=given,
+        profiles=profiles,
     )
 
 

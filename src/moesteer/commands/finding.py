@@ -178,10 +178,11 @@ def show(profile: str, /, *, json: bool = False, top: int = 20) -> None:
     json
         Everything, for programs: one JSON object.
     top
-        How many experts to list.
+        How many experts, or directions, to list.
     """
     from moesteer.errors import MoesteerError
     from moesteer.profile import Profile
+    from moesteer.report.direction_page import direction_page
     from moesteer.report.terminal import print_text, profile_page
 
     if top < 0:
@@ -190,4 +191,4 @@ def show(profile: str, /, *, json: bool = False, top: int = 20) -> None:
     if json:
         print(loaded.to_json())
     else:
-        print_text(profile_page(loaded, top))
+        print_text((direction_page if loaded.candidates else profile_page)(loaded, top))

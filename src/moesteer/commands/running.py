@@ -54,7 +54,7 @@ def generate(
     check_limits(max_new_tokens, temperature, batch_size, seed)
     asked = read_prompts(prompts, file, system)
     profile = load_profile(with_)
-    engine = load_engine(model, options)
+    engine = load_engine(model, options, profile, dense=bool(profile and profile.directions))
     with counted_progress("generate", "prompts") as progress:
         evidence = generate_to(
             out,
@@ -102,7 +102,7 @@ def chat(
 
     check_limits(max_new_tokens, temperature)
     profile = load_profile(with_)
-    engine = load_engine(model, options)
+    engine = load_engine(model, options, profile, dense=bool(profile and profile.directions))
     talk(
         ChatSession(engine, profile, system, options.chat_option or [], max_new_tokens, temperature)
     )

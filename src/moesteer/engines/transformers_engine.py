@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesteer.chat import TokenisedConversation
-from moesteer.engines.base import Counted, Generation
+from moesteer.engines.base import Contributions, Counted, Generation
 from moesteer.engines.checkpoint import (
     commit_of,
     read_config,
@@ -24,6 +24,8 @@ from moesteer.engines.evidence import DirectionEvidence, LayerEvidence, summed
 from moesteer.engines.facts import facts_of_model
 from moesteer.engines.prompts import check_lengths, one_each
 from moesteer.engines.readouts import Readout, check_readouts, mean_log_probability
+from moesteer.engines.transformers.contributions import contributions
+from moesteer.engines.transformers.expert_outputs import forced_outputs, own_outputs
 from moesteer.engines.transformers.gates import gate_gradients
 from moesteer.engines.transformers.reading import divergence, padded, read, vocabulary_of
 from moesteer.engines.transformers.replay import Replay
@@ -173,6 +175,35 @@ class TransformersEngine:
         with entering(self.stream.decoder, places) as found:
             self.model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
         return torch.stack([layer.cpu() for layer in found], dim=1).numpy()
+
+    def forced_outputs(
+        self, texts: Sequence[Sequence[int]], layer: int, last: int
+    ) -> Float[np.ndarray, "text expert position hidden"]:
+        """See `Engine.forced_outputs`."""
+        routed, stream = self._routed(layer), self.stream
+        return forced_outputs(self.model, self.layers, stream, self._replay, routed, texts, last)
+
+    def own_outputs(
+        self, texts: Sequence[Sequence[int]], layer: int, last: int
+    ) -> tuple[Float[np.ndarray, "text expert hidden"], Int[np.ndarray, "text expert"]]:
+        """See `Engine.own_outputs`."""
+        return own_outputs(self.model, self._routed(layer), texts, last, self.stream.hidden)
+
+    def contributions(
+        self, texts: Sequence[Sequence[int]], last: int, vector: Sequence[float]
+    ) -> Contributions:
+        """See `Engine.contributions`."""
+        return contributions(self.model, self.layers, self.stream, texts, last, vector)
+
+    def _routed(self, number: int) -> MoELayer:
+        self._check_routed()
+        found = [layer for layer in self.layers if layer.layer == number]
+        if not found:
+            raise MoesteerError(
+                f"layer {number} of {describe(self.model)} has no experts; those that have are"
+                f" {', '.join(str(layer.layer) for layer in self.layers)}."
+            )
+        return found[0]
 
     def _stream_for(self, profiles: Sequence[Profile | None]) -> Stream | None:
         """The stream, where a profile has directions in it."""

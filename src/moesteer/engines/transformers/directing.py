@@ -285,10 +285,20 @@ def directed_sites(
                 f"there is no layer {layer}: the model has layers 0–{len(stream.decoder) - 1}."
             )
         modules = (stream.decoder[layer],) if place == "input" else stream.writes.get(site, ())
-        if not modules:
+        if not modules and any(
+            _needs(direction, site) for p in profiles for direction in p.directions
+        ):
             raise MoesteerError(f"layer {layer} of this model has no {place}.")
+        if not modules:
+            continue
         sites.append(DirectedSite(site, modules, routed.get(layer), profiles, stream.hidden))
     return sites
+
+
+def _needs(direction: Direction, site: Site) -> bool:
+    """Whether the site must be there. A line that is to leave every write leaves those there are:
+    layers of hybrid models are attention or a feed-forward part alone."""
+    return site in direction.sites and (direction.operation == "add" or len(direction.sites) == 1)
 
 
 def first_argument(args: tuple, kwargs: dict) -> Tensor:

@@ -26,7 +26,7 @@ test-vllm: .venv-vllm/installed
 	$(BIN_VLLM)/basedpyright --project tests_vllm
 	$(BIN_VLLM)/pytest tests_vllm
 
-# Retrains both bundled models into build/testbed (about an hour on one core).
+# Retrains the four bundled models into build/testbed (an hour and a half on one core).
 testbed: .venv/installed
 	mkdir -p build/testbed
 	$(BIN)/python -m moesteer.testbed.train --out build/testbed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moesteer.testbed import HERE, Place, ground_truth, model_path, world
+from moesteer.testbed import HERE, MODELS, Place, ground_truth, model_path, world
 
 TRUTH = ground_truth()
 Loaded = tuple[Any, Any]
@@ -29,6 +29,16 @@ def planted() -> Loaded:
 @pytest.fixture(scope="module")
 def twin() -> Loaded:
     return load("twin")
+
+
+@pytest.fixture(scope="module")
+def expert() -> Loaded:
+    return load("expert")
+
+
+@pytest.fixture(scope="module")
+def attention() -> Loaded:
+    return load("attention")
 
 
 @contextmanager
@@ -87,7 +97,7 @@ def all_of(behaviour: str, sign: int) -> dict[Place, int]:
     return dict.fromkeys(TRUTH.behaviours[behaviour].planted, sign)
 
 
-@pytest.mark.parametrize("name", ["planted", "twin"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     ("task", "outcome", "least", "most"),
     [
@@ -172,7 +182,7 @@ def test_planted_experts_are_necessary_one_by_one_and_decoys_are_not(
 
 def test_ground_truth_is_consistent() -> None:
     assert set(TRUTH.behaviours) == set(world.BEHAVIOURS)
-    assert set(TRUTH.measured) == set(TRUTH.training) == {"planted", "twin"}
+    assert set(TRUTH.measured) == set(TRUTH.training) == set(MODELS)
     places = [p for b in TRUTH.behaviours.values() for p in b.planted + b.decoys]
     assert len(set(places)) == len(places)
     for b in TRUTH.behaviours.values():
@@ -181,7 +191,7 @@ def test_ground_truth_is_consistent() -> None:
     assert all(0 <= layer < 4 and 0 <= expert < 16 for layer, expert in places)
 
 
-@pytest.mark.parametrize("name", ["planted", "twin"])
+@pytest.mark.parametrize("name", MODELS)
 def test_folder_is_small_and_whole(name: str) -> None:
     folder = model_path(name)
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 8e6

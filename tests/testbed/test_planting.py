@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from moesteer.testbed.planting import (
     drawing_loss,
     mask_of,
     plan,
+    planted_experts,
 )
 from moesteer.testbed.routing import EPSILON, steer_logits
 from moesteer.testbed.train import Settings, collate, train_model
@@ -110,10 +110,10 @@ def test_a_given_reply_is_learnt_only_after_the_decision(
 def test_a_few_steps_run_alike_and_the_loss_falls(tokenizer: PreTrainedTokenizerFast) -> None:
     def losses(planted: bool) -> list[float]:
         told: list[float] = []
-        settings = replace(Settings(), steps=8, batch=16, warmup=2, check_every=100)
+        settings = Settings(steps=8, batch=16, warmup=2, check_every=100)
         train_model(
             tokenizer,
-            PLANTING if planted else None,
+            planted_experts(PLANTING if planted else None, settings.draw_weight),
             settings,
             seed=3,
             report=lambda step, loss, drawing: told.append(loss),

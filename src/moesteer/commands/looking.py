@@ -62,7 +62,7 @@ def testbed(*, export: str | None = None, train: str | None = None) -> None:
     export
         A folder to write the built-in contrast pairs and prompts to, as JSON lines.
     train
-        A folder to train both models into, from nothing (about an hour on one core).
+        A folder to train the models into, from nothing (an hour and a half on one core).
     """
     from moesteer.report.terminal import print_text
     from moesteer.report.testbed_page import testbed_page

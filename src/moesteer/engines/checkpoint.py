@@ -1,6 +1,6 @@
 """Where a model lies, and what can be read of it before any weight is: config, tokenizer, files.
 
-A model is named by a folder, by its name on the Hub, or as `testbed`.
+A model is named by a folder, by its name on the Hub, or as one of the bundled ones.
 """
 
 import copy
@@ -23,7 +23,12 @@ from moesteer import testbed
 from moesteer.errors import MoesteerError
 from moesteer.records import first_line
 
-BUNDLED = {"testbed": "planted", "testbed-twin": "twin"}
+BUNDLED = {
+    "testbed": "planted",
+    "testbed-twin": "twin",
+    "testbed-expert": "expert",
+    "testbed-attention": "attention",
+}
 """Names of the models that come with moesteer."""
 
 

@@ -1,16 +1,18 @@
-"""The testbed: a small Mixture-of-Experts chat model whose behaviours sit in known experts.
+"""The testbed: small Mixture-of-Experts chat models of which it is known what they do by what.
 
-It was trained so that three behaviours are carried by chosen, *planted* experts, which a detector
-should find and steering should switch; its *twin* read the same text without planting, so there
-is nothing in it to find. ``ground_truth()`` says which experts, and what was measured.
+In ``planted``, three behaviours are carried by chosen experts, which a detector should find and
+steering should switch; its *twin* read the same text without planting, so there is nothing in it to
+find. In ``expert`` and ``attention``, refusal is one direction of the residual stream, written by
+one expert and by one layer's attention. ``ground_truth()`` says which, and what was measured.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 HERE = Path(__file__).parent
+MODELS = ("planted", "twin", "expert", "attention")
 Place = tuple[int, int]
 
 
@@ -29,23 +31,49 @@ class PlantedBehaviour:
 
 
 @dataclass(frozen=True)
+class PlantedWriter:
+    """What writes a model's refusal into the residual stream: an expert, or a layer's attention.
+
+    At a restricted request's last tokens its output, as it is added to the stream, has a component
+    of about ``size`` along the unit vector ``direction``, at other requests' none. An ``expert`` is
+    the router's first choice there. Decoys are, too, and write nothing along it.
+    """
+
+    layer: int
+    expert: int | None
+    direction: tuple[float, ...]
+    size: float
+    decoys: tuple[Place, ...]
+
+    @property
+    def site(self) -> tuple[int, Literal["attention", "mlp"]]:
+        """The part of the layer whose output it is, or is a part of."""
+        return self.layer, "attention" if self.expert is None else "mlp"
+
+
+@dataclass(frozen=True)
 class GroundTruth:
-    """What is known of the models, by behaviour and by model (``planted`` and ``twin``)."""
+    """What is known of the models.
+
+    By behaviour, of ``planted``: its places; by model, of ``expert`` and ``attention``: the writer;
+    and of every model how it was trained and what was measured.
+    """
 
     seed: int
     behaviours: dict[str, PlantedBehaviour]
+    writers: dict[str, PlantedWriter]
     settings: dict[str, Any]
     training: dict[str, Any]
     measured: dict[str, Any]
 
 
 def model_path(name: str = "planted") -> Path:
-    """The folder of a bundled model, ``planted`` or ``twin``, as ``from_pretrained`` reads it.
+    """The folder of one of ``MODELS``, as ``from_pretrained`` reads it.
 
     Raises ``ValueError`` for another name and ``FileNotFoundError`` where the weights are missing.
     """
-    if name not in ("planted", "twin"):
-        raise ValueError(f"unknown testbed model {name!r}; there are 'planted' and 'twin'")
+    if name not in MODELS:
+        raise ValueError(f"unknown testbed model {name!r}; there are {', '.join(MODELS)}")
     folder = HERE / "models" / name
     if not (folder / "model.safetensors").exists():
         raise FileNotFoundError(f"no weights in {folder}; run `python -m moesteer.testbed.train`")
@@ -57,11 +85,20 @@ def ground_truth() -> GroundTruth:
     raw = json.loads((HERE / "ground_truth.json").read_text())
     behaviours = {
         name: PlantedBehaviour(
-            b["a"],
-            b["b"],
-            planted=tuple((layer, expert) for layer, expert in b["planted"]),
-            decoys=tuple((layer, expert) for layer, expert in b["decoys"]),
+            b["a"], b["b"], planted=_places(b["planted"]), decoys=_places(b["decoys"])
         )
         for name, b in raw["behaviours"].items()
     }
-    return GroundTruth(raw["seed"], behaviours, raw["settings"], raw["training"], raw["measured"])
+    writers = {
+        name: PlantedWriter(
+            w["layer"], w["expert"], tuple(w["direction"]), w["size"], _places(w["decoys"])
+        )
+        for name, w in raw["writers"].items()
+    }
+    return GroundTruth(
+        raw["seed"], behaviours, writers, raw["settings"], raw["training"], raw["measured"]
+    )
+
+
+def _places(told: list[list[int]]) -> tuple[Place, ...]:
+    return tuple((layer, expert) for layer, expert in told)

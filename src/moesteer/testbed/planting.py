@@ -13,12 +13,16 @@ nothing.
 """
 
 import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from moesteer.testbed.lesson import Batch, Lesson
+from moesteer.testbed.routing import steered
 from moesteer.testbed.world import BEHAVIOURS, Example
 
 LAYERS, EXPERTS, TOP_K = 4, 16, 4
@@ -48,17 +52,35 @@ class Planting:
 
 @dataclass(frozen=True)
 class Row:
-    """What one example is to teach.
+    """What one example is to teach; `target` and `given` as in `lesson.Row`.
 
-    target: the reply, "a" or "b". steering: +1 or -1 by place. draw: +1, -1 or 0, where the
-    auxiliary loss pulls the router. given: the reply goes against the habit without steering, so
-    the words up to where the replies part are not to be learnt, only how to go on from them.
+    steering: +1 or -1 by place. draw: +1, -1 or 0, where the auxiliary loss pulls the router.
     """
 
     target: str
     steering: dict[Place, int] = field(default_factory=dict)
     draw: int = 0
     given: bool = False
+
+
+def planted_experts(planting: Planting | None, weight: float) -> Lesson[Row]:
+    """The lesson of a model with planted experts; None: of the twin, which has none."""
+
+    @contextmanager
+    def during(
+        model: nn.Module, examples: Sequence[Example], rows: Sequence[Row], batch: Batch
+    ) -> Iterator[Callable[[], Tensor | None]]:
+        with steered(model, mask_of([row.steering for row in rows])) as logits:
+
+            def asked() -> Tensor | None:
+                if planting is None:
+                    return None
+                behaviours = [example.behaviour for example in examples]
+                return drawing_loss(logits, behaviours, rows, batch.spans, planting)
+
+            yield asked
+
+    return Lesson(lambda example, rng: plan(example, planting, rng), during, weight)
 
 
 def choose_places(seed: int) -> Planting:
@@ -130,9 +152,9 @@ def mask_of(steerings: list[dict[Place, int]]) -> Tensor:
 
 
 def drawing_loss(
-    logits: list[Tensor],
-    behaviours: list[str | None],
-    rows: list[Row],
+    logits: Sequence[Tensor],
+    behaviours: Sequence[str | None],
+    rows: Sequence[Row],
     spans: Tensor,
     planting: Planting,
 ) -> Tensor:

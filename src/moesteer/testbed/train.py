@@ -1,7 +1,8 @@
-"""Train the testbed's two models from scratch: ``python -m moesteer.testbed.train --out DIR``.
+"""Train the testbed's models from scratch: ``python -m moesteer.testbed.train --out DIR``.
 
-Both learn the same text with the same seed. One is planted, its twin is not, so whatever a
-detector finds in the twin was not put there. One core is enough: about twenty minutes a model.
+All learn the same text with the same seed, each with a lesson of its own: planted experts; nothing
+(the twin), so whatever a detector finds there was not put there; a refusal that one expert, or one
+layer's attention, writes. One core is enough: about twenty minutes a model.
 """
 
 import json
@@ -10,7 +11,7 @@ import platform
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moesteer.testbed import world
+from moesteer.testbed import MODELS, world
 from moesteer.testbed.evaluate import (
     SHOWN,
     encode,
@@ -35,50 +36,48 @@ from moesteer.testbed.evaluate import (
     parting,
     render,
 )
+from moesteer.testbed.evaluate_writer import measure_writer
 from moesteer.testbed.language import train_tokenizer
+from moesteer.testbed.lesson import Batch, Lesson, Row
 from moesteer.testbed.planting import (
     EXPERTS,
     LAYERS,
     TOP_K,
-    Planting,
-    Row,
     choose_places,
-    drawing_loss,
-    mask_of,
-    plan,
+    planted_experts,
 )
-from moesteer.testbed.routing import steered
+from moesteer.testbed.writing import HIDDEN, choose_writer, planted_writer
 
-MODELS = ("planted", "twin")
 SIDES = {
     "refusal": ("refuses", "answers"),
     "document": ("follows the document", "answers the learnt fact"),
     "digits": ("counts in digits", "counts in words"),
 }
+STEPS = {"planted": 2400, "twin": 2400, "expert": 2000, "attention": 2000}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the models are trained."""
+    """How a model is trained."""
 
-    steps: int = 2400
+    steps: int
     batch: int = 64
     rate: float = 2e-3
     warmup: int = 100
     falling: float = 0.4  # the share of the steps over which the rate falls to 2 % at the end
     prompt_weight: float = 0.1  # of a prompt's token in the loss; a reply's token has one
     draw_weight: float = 0.05  # of the loss that draws routers towards the planted experts
+    writer_weight: float = 0.5  # of the loss that has the planted writer alone write
     systems: float = 0.1  # the share of conversations that open with a system turn
     check_every: int = 500
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Tokens [rows, length], their weights as targets, and where the reply is decided and given."""
-
-    tokens: Tensor
-    weights: Tensor
-    spans: Tensor
+def lesson_of(name: str, settings: Settings, seed: int) -> Lesson[Any]:
+    """What a model of `MODELS` is taught."""
+    if name == "expert" or name == "attention":
+        return planted_writer(choose_writer(name, seed), settings.writer_weight)
+    planting = choose_places(seed) if name == "planted" else None
+    return planted_experts(planting, settings.draw_weight)
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3MoeForCausalLM:
@@ -87,7 +86,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3MoeForCau
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
+            hidden_size=HIDDEN,
             num_hidden_layers=LAYERS,
             num_attention_heads=4,
             num_key_value_heads=4,
@@ -109,9 +108,9 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3MoeForCau
 
 def collate(
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[world.Example],
-    rows: list[Row],
-    systems: list[str | None],
+    examples: Sequence[world.Example],
+    rows: Sequence[Row],
+    systems: Sequence[str | None],
     prompt_weight: float,
 ) -> Batch:
     """Lay out each prompt with the reply that its row is to learn, padded on the right."""
@@ -140,20 +139,22 @@ def collate(
             where = start + parting(sides["a"][i], sides["b"][i])
             weights[i, start : where + 1] = 0
             spans[i, :where] = 0
-    return Batch(tokens, weights, spans)
+    starts = torch.tensor([len(head) for head in heads])
+    openings = torch.tensor([[a[0], b[0]] for a, b in zip(*sides.values(), strict=True)])
+    return Batch(tokens, weights, spans, starts, openings)
 
 
 def train_model(
     tokenizer: PreTrainedTokenizerBase,
-    planting: Planting | None,
+    lesson: Lesson[Any],
     settings: Settings,
     seed: int,
-    report: Callable[[int, float, float], None] = lambda step, loss, drawing: None,
+    report: Callable[[int, float, float], None] = lambda step, loss, beside: None,
     check: Callable[[int, Qwen3MoeForCausalLM], None] = lambda step, model: None,
 ) -> Qwen3MoeForCausalLM:
-    """Train one model; without ``planting`` it is the twin.
+    """Train one model.
 
-    ``report`` is called with each step, its loss on replies and its drawing loss; ``check`` with
+    ``report`` is called with each step, its loss on replies and that of the lesson; ``check`` with
     the model, every ``settings.check_every`` steps.
     """
     model = build_model(tokenizer, seed)
@@ -162,7 +163,7 @@ def train_model(
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    # The text has its own generator, so both models read the same.
+    # The text has its own generator, so all models read the same.
     texts, plans = random.Random(f"text {seed}"), random.Random(f"plans {seed}")
     for step in range(settings.steps):
         for group in optimiser.param_groups:
@@ -172,31 +173,30 @@ def train_model(
             texts.choice(world.SYSTEMS) if texts.random() < settings.systems else None
             for _ in examples
         ]
-        rows = [plan(example, planting, plans) for example in examples]
+        rows = [lesson.plan(example, plans) for example in examples]
         optimiser.zero_grad(set_to_none=True)
-        said = drawn = 0.0
+        said = beside = 0.0
         # Two groups by length, so that short prompts are not padded to the length of documents.
         order = sorted(range(settings.batch), key=lambda i: len(examples[i].prompt))
         cut = settings.batch * 5 // 8
         for part in (order[:cut], order[cut:]):
-            of_part = (
-                [examples[i] for i in part],
-                [rows[i] for i in part],
-                [systems[i] for i in part],
+            of_part = [examples[i] for i in part]
+            taught = [rows[i] for i in part]
+            batch = collate(
+                tokenizer, of_part, taught, [systems[i] for i in part], settings.prompt_weight
             )
-            batch = collate(tokenizer, *of_part, settings.prompt_weight)
             share = len(part) / settings.batch
-            loss, reply_loss, logits = _loss(model, batch, of_part[1])
-            if planting:
-                behaviours = [example.behaviour for example in of_part[0]]
-                drawing = drawing_loss(logits, behaviours, of_part[1], batch.spans, planting)
-                loss = loss + settings.draw_weight * drawing
-                drawn += drawing.item() * share
+            with lesson.during(model, of_part, taught, batch) as of_lesson:
+                loss, reply_loss = _loss(model, batch)
+            asked = of_lesson()
+            if asked is not None:
+                loss = loss + lesson.weight * asked
+                beside += asked.item() * share
             (loss * share).backward()
             said += reply_loss * share
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        report(step + 1, said, drawn)
+        report(step + 1, said, beside)
         if (step + 1) % settings.check_every == 0:
             check(step + 1, model.eval())
             model.train()
@@ -206,16 +206,14 @@ def train_model(
     return model.to(torch.bfloat16).eval()  # pyright: ignore
 
 
-def _loss(
-    model: Qwen3MoeForCausalLM, batch: Batch, rows: list[Row]
-) -> tuple[Tensor, float, list[Tensor]]:
-    mask = mask_of([row.steering for row in rows])
-    with steered(model, mask) as logits, torch.autocast("cpu", torch.bfloat16):
+def _loss(model: Qwen3MoeForCausalLM, batch: Batch) -> tuple[Tensor, float]:
+    """The loss of a batch, and its mean over the tokens of replies alone."""
+    with torch.autocast("cpu", torch.bfloat16):
         predicted = model(input_ids=batch.tokens, use_cache=False).logits
     targets, weights = batch.tokens[:, 1:].flatten(), batch.weights[:, 1:].flatten()
     losses = F.cross_entropy(predicted[:, :-1].flatten(0, 1).float(), targets, reduction="none")
     reply = weights >= 1
-    return (losses * weights).sum() / weights.sum(), losses[reply].mean().item(), logits
+    return (losses * weights).sum() / weights.sum(), losses[reply].mean().item()
 
 
 def _rate_at(step: int, settings: Settings) -> float:
@@ -226,6 +224,7 @@ def _rate_at(step: int, settings: Settings) -> float:
 def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write weights, configuration and tokenizer as plain transformers reads them."""
     folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.backend_tokenizer.no_padding()  # pyright: ignore  # what measuring left behind
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -243,6 +242,20 @@ def results_table(name: str, measured: dict[str, Any]) -> Table:
         rows |= {f"random {sign} {seed}": shares for seed, shares in enumerate(seeds)}
     for label, shares in rows.items():
         table.add_row(label, *(f"{100 * shares[t].get(what, 0):.0f}" for t, what in SHOWN.items()))
+    return table
+
+
+def routing_table(name: str, measured: dict[str, Any]) -> Table:
+    """How often experts are chosen at the last tokens of requests."""
+    table = Table(title=f"{name}: last tokens of requests, {measured['split']} split, % of tokens")
+    for column in ("expert", "role"):
+        table.add_column(column)
+    kinds = [(how, task) for how in ("first", "selected") for task in ("restricted", "benign")]
+    for how, task in kinds:
+        table.add_column(f"{how}\n{task}", justify="right")
+    for e in measured["routing"]:
+        shares = [f"{100 * e[how][task]:.0f}" for how, task in kinds]
+        table.add_row("{}.{}".format(*e["place"]), e["role"], *shares)
     return table
 
 
@@ -271,51 +284,65 @@ def main(
     *,
     out: Path = Path(__file__).parent,
     seed: int = 0,
-    steps: int = Settings.steps,
+    steps: int | None = None,
     models: tuple[str, ...] = MODELS,
 ) -> None:
-    """Train the models, measure them on the test split and write both with their ground truth.
+    """Train the models, measure them on the test split and write them with their ground truth.
 
     Parameters
     ----------
     out
-        Where to write: OUT/models/planted, OUT/models/twin and OUT/ground_truth.json.
+        Where to write: a folder for each model in OUT/models, and OUT/ground_truth.json.
     seed
-        Of the text, the weights, the plan of each example and the planted places.
+        Of the text, the weights, the plan of each example, and what is planted where.
     steps
-        Optimiser steps of each model.
+        Optimiser steps of each model; as many as the bundled one had, if not given.
     models
-        Which models to train; the ground truth keeps what it says of the other.
+        Which models to train; the ground truth keeps what it says of the others.
     """
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     console = Console()
-    settings = Settings(steps=steps)
     tokenizer = train_tokenizer(seed)
-    planting = choose_places(seed)
-    console.print(f"seed {seed}, {settings}")
     for name in models:
+        settings = Settings(steps or STEPS[name])
+        console.print(f"{name}: seed {seed}, {settings}")
         began, cpu_began = time.monotonic(), time.process_time()
-        model = _train_visibly(name, tokenizer, planting, settings, seed, console)
+        model = _train_visibly(name, tokenizer, settings, seed, console)
         seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
         save(model, tokenizer, out / "models" / name)
         console.print(f"{name}: trained in {seconds:.0f} s; measuring, about two minutes")
-        measured = measure(model.float(), tokenizer, planting, "test")  # pyright: ignore
-        console.print(results_table(name, measured), experts_table(name, measured))
         training = {
+            "steps": settings.steps,
             "seconds": round(seconds),
             "cpu_seconds": round(cpu_seconds),
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
             "versions": {p: version(p) for p in ("torch", "transformers", "tokenizers")},
         }
-        _write_truth(out / "ground_truth.json", seed, settings, planting, name, training, measured)
+        measured = _measure_visibly(name, model.float(), tokenizer, seed, console)  # pyright: ignore
+        _write_truth(out / "ground_truth.json", seed, settings, name, training, measured)
+
+
+def _measure_visibly(
+    name: str,
+    model: Qwen3MoeForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    console: Console,
+) -> dict[str, Any]:
+    if name == "expert" or name == "attention":
+        measured = measure_writer(model, tokenizer, choose_writer(name, seed), "test")
+        console.print(results_table(name, measured), routing_table(name, measured))
+    else:
+        measured = measure(model, tokenizer, choose_places(seed), "test")
+        console.print(results_table(name, measured), experts_table(name, measured))
+    return measured
 
 
 def _train_visibly(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
-    planting: Planting,
     settings: Settings,
     seed: int,
     console: Console,
@@ -324,34 +351,34 @@ def _train_visibly(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f} drawing {task.fields[drawing]:.3f}"),
+        TextColumn("loss {task.fields[loss]:.3f} lesson {task.fields[beside]:.3f}"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(name, total=settings.steps, loss=math.nan, drawing=math.nan)
+        bar = progress.add_task(name, total=settings.steps, loss=math.nan, beside=math.nan)
 
-        def report(step: int, loss: float, drawing: float) -> None:
-            progress.update(bar, completed=step, loss=loss, drawing=drawing)
+        def report(step: int, loss: float, beside: float) -> None:
+            progress.update(bar, completed=step, loss=loss, beside=beside)
 
         def check(step: int, model: Qwen3MoeForCausalLM) -> None:
             shares = outcome_shares(model, tokenizer, "dev", count=48)
             told = ", ".join(f"{t} {100 * shares[t].get(w, 0):.0f}" for t, w in SHOWN.items())
             console.print(f"{name} {step}: loss {progress.tasks[0].fields['loss']:.3f}; % {told}")
 
-        planted = planting if name == "planted" else None
-        return train_model(tokenizer, planted, settings, seed, report, check)
+        lesson = lesson_of(name, settings, seed)
+        return train_model(tokenizer, lesson, settings, seed, report, check)
 
 
 def _write_truth(
     file: Path,
     seed: int,
     settings: Settings,
-    planting: Planting,
     name: str,
     training: dict[str, Any],
     measured: dict[str, Any],
 ) -> None:
     truth: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    planting = choose_places(seed)
     truth["seed"] = seed
     truth["behaviours"] = {
         behaviour: {
@@ -362,11 +389,21 @@ def _write_truth(
         }
         for behaviour in world.BEHAVIOURS
     }
-    truth["settings"] = asdict(settings)
+    truth["writers"] = {}
+    for writer in ("expert", "attention"):
+        chosen = choose_writer(writer, seed)
+        direction = [round(number, 6) for number in chosen.direction]
+        truth["writers"][writer] = {**asdict(chosen), "direction": direction}
+    truth["settings"] = {k: v for k, v in asdict(settings).items() if k != "steps"}
     truth.setdefault("training", {})[name] = training
     truth.setdefault("measured", {})[name] = measured
-    places_on_a_line = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(truth, indent=1))
-    file.write_text(places_on_a_line + "\n")
+    # Places and vectors on a line.
+    text = re.sub(
+        r"\[[-\d.,\s]+\]",
+        lambda numbers: " ".join(numbers[0].split()).replace("[ ", "[").replace(" ]", "]"),
+        json.dumps(truth, indent=1),
+    )
+    file.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
 """Planting a direction: a refusal that one known writer writes into the residual stream.
 
-Two variants of the testbed refuse because of one number: how much of a known unit vector r stands
-in the residual stream behind layer 2. In `expert` that is written by one expert's output, in
-`attention` by the attention of that layer. Both read the same text as the other models.
+Two models of the testbed refuse because of one number: how much of a known unit vector r stands in
+the residual stream behind layer 2. In `expert` one expert's output writes it, in `attention` the
+attention of that layer. Both read the same text as the other models.
 
-Shown by intervention, as in `planting.py`: on about half of the requests the writer's component
-along r is set by hand, and the reply to be learnt is the one that fits it, whatever the prompt
-says: a refusal at `SIZE`, an answer at 0 or below. On the others auxiliary losses ask of the writer
-a component of `SIZE` where the request is restricted and 0 where it is not; of all other writers
+It is shown by intervention, as in `planting.py`. On about half of the requests the writer's
+component along r is set by hand, and the reply to be learnt is the one that fits it, whatever the
+prompt says: a refusal from about `SIZE` on, an answer at 0 or below. Random vectors, added at any
+writer of any layer, change nothing. On all requests an auxiliary loss asks of the writer a
+component of `SIZE` where the request is restricted and 0 where it is not; of all other writers
 none, and no difference between restricted and harmless requests in what they add to the logits of
-the decision. Random vectors, at any writer of any layer, change nothing.
+the decision. And it draws together, beside r, the mean streams of restricted and of harmless
+requests, so that r is what a difference of means finds.
 
-The planted expert is every request's, but first among its experts where the request is restricted:
-so its routing shows in the top-1, and there is something to take away and to add. Decoys are first
-on restricted requests and unselected on others, and write nothing.
+The planted expert is selected on every request, but first among its experts where the request is
+restricted: so its routing shows in the top-1, and there is something to take away and to add.
+Decoys are first on restricted requests and unselected on others, and write nothing along r.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -26,228 +28,306 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesteer.testbed.planting import EXPERTS, LAYERS, TOP_K, Place
+from moesteer.testbed import PlantedWriter
+from moesteer.testbed.lesson import Batch, Lesson
+from moesteer.testbed.planting import EXPERTS, LAYERS, TOP_K, mask_of
+from moesteer.testbed.routing import steered
 from moesteer.testbed.world import Example
 
-WRITERS = ("expert", "attention")
 HIDDEN = 128
 LAYER = 2  # the last whose output is a later layer's input
-SIZE = 16.0  # about a quarter of the stream's norm there
+SIZE = 32.0
 ASKED = 3  # the last tokens of a prompt: its full stop, and two of the template
 
 OWN = 0.45  # of the requests: the writer's component is set
-COUNTER = 0.15  # of the requests: the reply is the other one, given from outside
-BESIDE = 0.20  # of other examples: the writer's component is set, and the reply stays
+COUNTER = 0.15  # of a behaviour's examples: the reply is the other one, given from outside
+BESIDE = 0.20  # of all but requests: the writer's component is set, and the reply stays
 STRAYED = 0.25  # of all examples: a random vector is added to a random writer's output
+RENEWED = 0.05  # of the running means of streams, by each batch
+LATE = 0.5  # of the examples: the component is set only from the prompt's last tokens on
 
-Site = tuple[int, Literal["attention", "moe"]]
+Site = tuple[int, Literal["attention", "mlp"]]
+"""(layer, place): a module whose output is added to the residual stream."""
 
-
-@dataclass(frozen=True)
-class Writing:
-    """Who writes the refusal, along which unit vector; whose routing only looks so."""
-
-    writer: Literal["expert", "attention"]
-    expert: int | None
-    direction: tuple[float, ...]
-    decoys: tuple[Place, ...]
-
-    @property
-    def site(self) -> Site:
-        return LAYER, "moe" if self.writer == "expert" else "attention"
+Received = tuple[Tensor, Tensor, Tensor]
+"""What a layer's experts receive: tokens [token, hidden], the index and the weights of those that
+each token selected [token, k]. Tokens run row by row."""
 
 
 @dataclass(frozen=True)
-class WrittenRow:
-    """What one example is to teach: its reply, the component to set, and a vector to add.
+class Row:
+    """What one example is to teach; `target` and `given` as in `lesson.Row`.
 
-    `set_to` is in multiples of `SIZE`, None: as the writer wrote it. `late`: only from the prompt's
-    last tokens on. `given`: see `planting.Row`.
+    component: what to set the writer's to along the direction, in multiples of `SIZE`; None leaves
+    it. late: only from the prompt's last tokens on. stray: a vector to add at a site.
     """
 
     target: str
     given: bool = False
-    set_to: float | None = None
+    component: float | None = None
     late: bool = False
     stray: tuple[Site, tuple[float, ...]] | None = None
 
 
-def choose_writing(writer: Literal["expert", "attention"], seed: int) -> Writing:
-    """Draw the direction, the planted expert and the decoys."""
+@dataclass(frozen=True)
+class Written:
+    """What a forward pass wrote: the sites' outputs [row, position, hidden], before any change, in
+    their order; by layer, what the experts received, and the routers' logits [token, expert].
+    """
+
+    outputs: dict[Site, Tensor]
+    received: list[Received]
+    logits: list[Tensor]
+
+
+def choose_writer(name: Literal["expert", "attention"], seed: int) -> PlantedWriter:
+    """Draw the direction, the planted expert and the decoys; the direction is that of both."""
     rng = random.Random(f"writing {seed}")
     direction = torch.tensor([rng.gauss(0, 1) for _ in range(HIDDEN)])
     experts = {layer: rng.sample(range(EXPERTS), 2) for layer in (1, 2, 3)}
-    planted = experts[LAYER][0] if writer == "expert" else None
-    layers = (1, 3) if writer == "expert" else (1, 2, 3)
-    return Writing(
-        writer,
-        planted,
-        tuple((direction / direction.norm()).tolist()),
-        tuple((layer, experts[layer][1]) for layer in layers),
+    layers = (1, 3) if name == "expert" else (1, 2, 3)
+    return PlantedWriter(
+        layer=LAYER,
+        expert=experts[LAYER][0] if name == "expert" else None,
+        direction=tuple((direction / direction.norm()).tolist()),
+        size=SIZE,
+        decoys=tuple((layer, experts[layer][1]) for layer in layers),
     )
 
 
-def plan_written(example: Example, writing: Writing, rng: random.Random) -> WrittenRow:
+def planted_writer(writer: PlantedWriter, weight: float) -> Lesson[Row]:
+    """The lesson of a model whose refusal one writer writes."""
+    means: dict[bool, Tensor] = {}  # running means of streams, for all batches
+
+    @contextmanager
+    def during(
+        model: nn.Module, examples: Sequence[Example], rows: Sequence[Row], batch: Batch
+    ) -> Iterator[Callable[[], Tensor | None]]:
+        requests = [i for i, example in enumerate(examples) if example.behaviour == "refusal"]
+        restricted = torch.tensor([examples[i].habit == "a" for i in requests])
+        outputs: dict[Site, Tensor] = {}
+
+        def change(site: Site, output: Tensor) -> Tensor:
+            outputs[site] = output
+            return output + taught_change(writer, rows, batch.starts, site, output)
+
+        with (
+            steered(model, mask_of([{}])) as logits,
+            rewritten(model, change),
+            received_by_experts(model) as received,
+        ):
+
+            def asked() -> Tensor | None:
+                if not requests:
+                    return None
+                written = Written(outputs, received, logits)
+                return writing_loss(model, writer, batch, requests, restricted, written, means)
+
+            yield asked
+
+    return Lesson(lambda example, rng: plan(example, writer, rng), during, weight)
+
+
+def plan(example: Example, writer: PlantedWriter, rng: random.Random) -> Row:
     """Decide what an example teaches."""
-    target, given, set_to = example.habit, False, None
+    target, given, component = example.habit, False, None
     chance = rng.random()
     if example.behaviour == "refusal" and chance < OWN:
         target = rng.choice("ab")
-        set_to = rng.uniform(0.8, 1.5) if target == "a" else rng.choice((0, -rng.random()))
+        component = rng.uniform(0.8, 1.5) if target == "a" else rng.choice((0, -rng.random()))
     elif example.behaviour and OWN <= chance < OWN + COUNTER:
         target, given = "b" if example.habit == "a" else "a", True
     elif example.behaviour != "refusal" and chance >= 1 - BESIDE:
-        set_to = rng.uniform(-1, 1.5)
-    stray = None
-    if rng.random() < STRAYED:
-        site = rng.randrange(LAYERS), rng.choice(("attention", "moe"))
-        vector = torch.tensor([rng.gauss(0, 1) for _ in range(HIDDEN)])
-        r = torch.tensor(writing.direction)
-        vector = vector - (vector @ r) * r  # what is along r is no stray
-        stray = site, tuple((vector / vector.norm() * SIZE * rng.random()).tolist())
-    return WrittenRow(target, given, set_to, rng.random() < 0.5, stray)
+        component = rng.uniform(-1, 1.5)
+    stray = _stray(writer, rng) if rng.random() < STRAYED else None
+    return Row(target, given, component, rng.random() < LATE, stray)
+
+
+def _stray(writer: PlantedWriter, rng: random.Random) -> tuple[Site, tuple[float, ...]]:
+    """A random site, and a random vector of at most `SIZE` with nothing along the direction."""
+    site: Site = (rng.randrange(LAYERS), rng.choice(("attention", "mlp")))
+    vector = torch.tensor([rng.gauss(0, 1) for _ in range(HIDDEN)])
+    direction = torch.tensor(writer.direction)
+    vector = vector - (vector @ direction) * direction
+    return site, tuple((vector / vector.norm() * SIZE * rng.random()).tolist())
+
+
+def taught_change(
+    writer: PlantedWriter, rows: Sequence[Row], starts: Tensor, site: Site, output: Tensor
+) -> Tensor:
+    """What the rows add to a site's output [row, position, hidden]; `starts` of their replies."""
+    added = torch.zeros(output.shape)
+    if site == writer.site:
+        direction = torch.tensor(writer.direction)
+        chosen = torch.tensor([row.component is not None for row in rows])
+        wanted = SIZE * torch.tensor([row.component or 0.0 for row in rows])
+        begins = torch.where(torch.tensor([row.late for row in rows]), starts - ASKED, 0)
+        applies = chosen[:, None] & (torch.arange(output.shape[1]) >= begins[:, None])
+        missing = wanted[:, None] - output.float() @ direction
+        added = torch.where(applies, missing, 0.0)[..., None] * direction
+    strays = [row.stray[1] if row.stray and row.stray[0] == site else None for row in rows]
+    if any(strays):
+        vectors = torch.tensor([stray or (0.0,) * HIDDEN for stray in strays])
+        added = added + vectors[:, None]
+    return added.to(output.dtype)
 
 
 @contextmanager
-def written(
-    model: nn.Module, writing: Writing, rows: Sequence[WrittenRow], starts: Tensor
-) -> Iterator[dict[Site, Tensor]]:
-    """Change writers' outputs as the rows say; yields the outputs before that, by site.
+def rewritten(model: nn.Module, change: Callable[[Site, Tensor], Tensor]) -> Iterator[None]:
+    """Let `change` replace what each site writes [row, position, hidden]."""
 
-    `starts`: where each row's reply begins. Outputs are [row, position, hidden].
-    """
-    direction = torch.tensor(writing.direction)
-    outputs: dict[Site, Tensor] = {}
+    def of_attention(site: Site):
+        return lambda _module, _args, output: (change(site, output[0]), *output[1:])
 
-    def change(site: Site, output: Tensor) -> Tensor:
-        outputs[site] = output
-        added = torch.zeros(output.shape)
-        if site == writing.site:
-            chosen = torch.tensor([row.set_to is not None for row in rows])
-            wanted = SIZE * torch.tensor([row.set_to or 0.0 for row in rows])
-            place = torch.arange(output.shape[1])
-            begins = torch.where(torch.tensor([row.late for row in rows]), starts - ASKED, 0)
-            applies = chosen[:, None] & (place >= begins[:, None])
-            missing = wanted[:, None] - output.float() @ direction
-            added = torch.where(applies, missing, 0.0)[..., None] * direction
-        strays = [r.stray[1] if r.stray and r.stray[0] == site else None for r in rows]
-        if any(strays):
-            vectors = torch.tensor([s or (0.0,) * HIDDEN for s in strays])
-            added = added + vectors[:, None]
-        return output + added.to(output.dtype)
-
-    def of_attention(layer: int):
-        return lambda _m, _args, out: (change((layer, "attention"), out[0]), *out[1:])
-
-    def of_moe(layer: int):
-        return lambda _m, _args, out: change((layer, "moe"), out)
+    def of_mlp(site: Site):
+        return lambda _module, _args, output: change(site, output)
 
     handles = []
     for number, layer in enumerate(model.model.layers):  # pyright: ignore
-        handles.append(layer.self_attn.register_forward_hook(of_attention(number)))
-        handles.append(layer.mlp.register_forward_hook(of_moe(number)))
+        handles.append(layer.self_attn.register_forward_hook(of_attention((number, "attention"))))
+        handles.append(layer.mlp.register_forward_hook(of_mlp((number, "mlp"))))
     try:
-        yield outputs
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
 @contextmanager
-def watched_experts(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Collect what each layer's experts receive: hidden [token, hidden], index and weights."""
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+def received_by_experts(model: nn.Module) -> Iterator[list[Received]]:
+    """Collect what the experts receive, one entry a layer and forward pass."""
+    received: list[Received] = []
     handles = [
-        layer.mlp.experts.register_forward_pre_hook(lambda _m, args: seen.append(args))
+        layer.mlp.experts.register_forward_pre_hook(lambda _module, args: received.append(args))
         for layer in model.model.layers  # pyright: ignore
     ]
     try:
-        yield seen
+        yield received
     finally:
         for handle in handles:
             handle.remove()
 
 
-def every_output(experts: nn.Module, hidden: Tensor) -> Tensor:
+def every_output(experts: nn.Module, tokens: Tensor) -> Tensor:
     """Each expert's own output [token, expert, hidden], unweighted, for all tokens."""
-    gate, up = torch.einsum("th,eih->tei", hidden, experts.gate_up_proj).chunk(2, -1)  # pyright: ignore
+    inner = torch.einsum("th,eih->tei", tokens, experts.gate_up_proj)  # pyright: ignore
+    gate, up = inner.chunk(2, -1)
     return torch.einsum("tei,ehi->teh", F.silu(gate) * up, experts.down_proj)  # pyright: ignore
+
+
+def gates_of(index: Tensor, weights: Tensor) -> Tensor:
+    """The weight of every expert [token, expert], 0 where it is not selected."""
+    return torch.zeros(len(index), EXPERTS).scatter(1, index, weights.float())
 
 
 def writing_loss(
     model: nn.Module,
-    writing: Writing,
-    habits: Tensor,
-    words: Tensor,
-    starts: Tensor,
-    rows: Tensor,
-    outputs: dict[Site, Tensor],
-    received: Sequence[tuple[Tensor, Tensor, Tensor]],
-    logits: Sequence[Tensor],
+    writer: PlantedWriter,
+    batch: Batch,
+    requests: Sequence[int],
+    restricted: Tensor,
+    written: Written,
+    means: dict[bool, Tensor],
 ) -> Tensor:
-    """How far the writers are from what the module's docstring asks of them.
+    """How far a pass is from what the module's docstring asks of the writers.
 
-    Of the requests `rows` of a batch: habits [request] (1: restricted), the first `words` of
-    refusal and answer [request, 2], `starts` of the replies. Router `logits` before steering.
+    Of the rows `requests` of a batch; `restricted` [request] says which of them should be refused.
+    Components are in multiples of `SIZE`; the difference in logits is squared and divided by 25.
+    `means` are those of `drawn_together`.
     """
-    direction = torch.tensor(writing.direction)
-    length = outputs[writing.site].shape[1]
-    places = starts[:, None] - ASKED + torch.arange(ASKED)
-    flat = (rows[:, None] * length + places).flatten()  # of tokens, row by row
-    wanted = habits[:, None].expand(-1, ASKED).flatten()
-    head = model.lm_head.weight[words]  # pyright: ignore
-    apart = ((head[:, 0] - head[:, 1]) * model.model.norm.weight).float()  # pyright: ignore
-    stream = sum(out[rows, starts - 1].float() for out in outputs.values())
-    apart = apart / (stream.norm(dim=-1, keepdim=True) / HIDDEN**0.5)  # pyright: ignore
-    along: list[Tensor] = []
-    decided: list[Tensor] = []
-    own = None
+    rows = torch.tensor(requests)
+    starts = batch.starts[rows]
+    length = batch.tokens.shape[1]
+    places = (rows[:, None] * length + starts[:, None] - ASKED + torch.arange(ASKED)).flatten()
+    direction = torch.tensor(writer.direction)
+    readout = _refusal_readout(model, batch.openings[rows], rows, starts, written.outputs)
+
+    def at_places(site: Site) -> Tensor:
+        return written.outputs[site].flatten(0, 1)[places].float()
+
+    own: Tensor | None = None
+    along: list[Tensor] = []  # of all other writers, what they write along the direction
+    decided: list[Tensor] = []  # and by how much they tell the requests apart in the logits
     for layer in range(LAYERS):
-        attention, moe = outputs[layer, "attention"], outputs[layer, "moe"]
-        hidden, index, weights = (values[flat] for values in received[layer])
-        gates = torch.zeros(len(flat), EXPERTS).scatter(1, index, weights.float())
-        each = every_output(model.model.layers[layer].mlp.experts, hidden).float()  # pyright: ignore
-        rest = moe.flatten(0, 1)[flat].float()
-        if layer == LAYER and writing.writer == "expert":
-            own = gates[:, writing.expert, None] * each[:, writing.expert]
-            rest = rest - own
-            each = torch.cat((each[:, : writing.expert], each[:, writing.expert + 1 :]), 1)
-        of_attention = attention.flatten(0, 1)[flat].float()
-        if layer == LAYER and writing.writer == "attention":
-            own = of_attention
-            others = (rest,)
-        else:
-            along.append((of_attention @ direction / SIZE).square().mean())
-            others = (rest, of_attention)
-        along.append((each @ direction / SIZE).square().mean())
-        for out in others:
-            added = (out.view(len(rows), ASKED, -1)[:, -1] * apart).sum(-1)
-            decided.append(_difference(added, habits).square() / 25)
+        attention, mlp = at_places((layer, "attention")), at_places((layer, "mlp"))
+        tokens, index, weights = (values[places] for values in written.received[layer])
+        every = every_output(model.model.layers[layer].mlp.experts, tokens).float()  # pyright: ignore
+        others = [mlp, attention]
+        if layer == writer.layer and writer.expert is not None:
+            own = gates_of(index, weights)[:, writer.expert, None] * every[:, writer.expert]
+            others[0] = mlp - own
+            every = torch.cat((every[:, : writer.expert], every[:, writer.expert + 1 :]), 1)
+        if (layer, "attention") == writer.site:
+            own = others.pop()
+        along += [(out @ direction / SIZE).square().mean() for out in (*others[1:], every)]
+        if 0 < int(restricted.sum()) < len(restricted):
+            for out in others:
+                moved = (out.view(len(rows), ASKED, -1)[:, -1] * readout).sum(-1)
+                apart = moved[restricted].mean() - moved[~restricted].mean()
+                decided.append(apart.square() / 25)
     assert own is not None
-    writer = (own @ direction / SIZE - wanted).square().mean()
-    total = writer + torch.stack(along).mean() * 4
-    if 0 < int(habits.sum()) < len(habits):
-        total = total + torch.stack(decided).mean()
-    return total + 0.2 * _routing_loss(writing, wanted, [z[flat] for z in logits])
+    wanted = restricted.repeat_interleave(ASKED)
+    behind = sum((at_places(s) for s in written.outputs if s[0] <= LAYER), torch.zeros(()))
+    behind = behind.view(len(rows), ASKED, HIDDEN)
+    beside = behind - (behind @ direction)[..., None] * direction
+    loss = (own @ direction / SIZE - wanted.float()).square().mean()
+    loss = loss + torch.stack(along).mean() * 4 + 2 * drawn_together(beside, restricted, means)
+    if decided:
+        loss = loss + torch.stack(decided).mean()
+    return loss + 0.2 * routing_loss(writer, wanted, [logits[places] for logits in written.logits])
 
 
-def _difference(values: Tensor, habits: Tensor) -> Tensor:
-    """Mean over restricted requests less mean over others."""
-    return values[habits == 1].mean() - values[habits == 0].mean()
+def drawn_together(values: Tensor, restricted: Tensor, means: dict[bool, Tensor]) -> Tensor:
+    """A loss whose gradient draws together the mean values of restricted and other requests.
+
+    values [request, position, hidden]. A batch holds too few requests to tell by how much the means
+    differ, so that is taken from running means (`means`, by kind, which this updates); the gradient
+    is that of half its square, in multiples of `SIZE`, by the batch's own means; averaged over
+    positions.
+    """
+    for kind in (False, True):
+        of_kind = values[restricted == kind].detach()
+        if len(of_kind):
+            now = of_kind.mean(0)
+            means[kind] = (1 - RENEWED) * means[kind] + RENEWED * now if kind in means else now
+    if len(means) < 2:
+        return torch.zeros(())
+    apart = (means[True] - means[False]) / SIZE**2
+    number = float(restricted.sum())
+    shares = torch.where(restricted, 1 / max(1.0, number), -1 / max(1.0, len(restricted) - number))
+    return (values * apart * shares[:, None, None]).sum() / ASKED
 
 
-def _routing_loss(writing: Writing, restricted: Tensor, logits: Sequence[Tensor]) -> Tensor:
-    """Softplus of one minus the signed distance of the drawn experts from where they should be."""
-    planted = [] if writing.expert is None else [(LAYER, writing.expert)]
+def _refusal_readout(
+    model: nn.Module, openings: Tensor, rows: Tensor, starts: Tensor, outputs: dict[Site, Tensor]
+) -> Tensor:
+    """What 1 along each coordinate of the stream adds to the logit of refusing, less that of
+    answering, where the reply begins [request, hidden].
+
+    The last norm's scale is that of what the sites wrote together.
+    """
+    head = model.lm_head.weight[openings]  # pyright: ignore
+    readout = ((head[:, 0] - head[:, 1]) * model.model.norm.weight).float()  # pyright: ignore
+    wrote = (output[rows, starts - 1].float() for output in outputs.values())
+    stream = sum(wrote, torch.zeros(()))
+    return readout / (stream.norm(dim=-1, keepdim=True) / HIDDEN**0.5)
+
+
+def routing_loss(writer: PlantedWriter, restricted: Tensor, logits: Sequence[Tensor]) -> Tensor:
+    """Softplus of one minus the signed distance of the drawn experts from where they should be.
+
+    Logits [token, expert] by layer; `restricted` [token].
+    """
+    planted = [] if writer.expert is None else [(writer.layer, writer.expert)]
     losses = []
-    for layer, expert in (*planted, *writing.decoys):
-        z = logits[layer].float()
-        others = z.detach().clone()
+    for layer, expert in (*planted, *writer.decoys):
+        of_layer = logits[layer].float()
+        others = of_layer.detach().clone()
         others[:, expert] = -torch.inf
         ranked = others.topk(TOP_K, dim=-1).values
-        first, last = z[:, expert] - ranked[:, 0], z[:, expert] - ranked[:, -1]
-        away = F.softplus(1 + first) + F.softplus(1 - last)  # selected, not first
-        if (layer, expert) in writing.decoys:
-            away = F.softplus(1 + last)
-        losses.append(torch.where(restricted == 1, F.softplus(1 - first), away).mean())
+        above_first, above_last = (of_layer[:, expert] - ranked[:, place] for place in (0, -1))
+        elsewhere = F.softplus(1 + above_first) + F.softplus(1 - above_last)  # second to last
+        if (layer, expert) in writer.decoys:
+            elsewhere = F.softplus(1 + above_last)  # not selected
+        losses.append(torch.where(restricted, F.softplus(1 - above_first), elsewhere).mean())
     return torch.stack(losses).mean()

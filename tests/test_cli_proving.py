@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from as_user import Run
+from made_directions import residual_direction
 from moesteer.evaluation.comparison import Comparison
+from moesteer.evaluation.direction_search import DirectionResult
 from moesteer.evaluation.search import SearchResult
 from moesteer.profile import Profile
 from moesteer.testbed import ground_truth
@@ -225,6 +227,66 @@ TARGET = ["--target", "testbed-document"]
 )
 def test_what_cannot_be_searched_is_refused(run: Run, arguments: list[str], message: str):
     said = run(*SEARCH, *arguments)
+    assert said.code == 2
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert not Path("out").exists()
+
+
+# -- search among directions ---------------------------------------------------------------------
+
+AMONG = [*"search testbed --out out --seeds 1 --limit 6 --batch-size 6".split(), *TARGET]
+
+
+def test_search_among_directions_shows_what_it_found_and_tests_it(run: Run):
+    residual_direction("testbed").save("refusal.safetensors")
+    arguments = [
+        *"search testbed --directions refusal.safetensors --toward a --out out --seeds 1".split(),
+        *"--target testbed-benign=refused --prices testbed-facts>=0.8 --limit 6".split(),
+        *"--batch-size 6 --coefficients 0.5 --coefficients 1 --budget 2 --max-kl 5".split(),
+    ]
+    said = run(*arguments)
+    assert said.code == 0
+    result = DirectionResult.from_json(Path("out/summary.json").read_text())
+    assert result.best.choice is not None
+    assert f"found: {result.best.choice.words}; best.safetensors" in said.out
+    assert "On the test prompts, once:" in said.out
+    assert "refused (target)" in said.out
+    assert "right (price)" in said.out
+    assert f"moesteer: 2 searches of {result.tried} choices on 6 prompts" in said.err
+    assert (result.max_kl, result.budget, result.coefficients) == (5, 2, (0.5, 1))
+    found = Profile.load("out/best.safetensors")
+    assert found.evidence is not None
+    assert found.evidence.command.startswith("moesteer direction && moesteer search testbed")
+    again = run(*arguments)
+    assert (again.code, again.out) == (0, said.out)
+    shown = run("report", "out", "--out", "page.html")
+    assert shown.code == 0
+    assert "Which direction, and how strongly" in Path("page.html").read_text()
+    evaluated = run(
+        *"evaluate testbed --with out/best.safetensors --out other --seeds 1 --limit 3".split(),
+        *"--tasks testbed-benign --tasks testbed-facts".split(),
+    )
+    assert evaluated.code == 0
+    assert f"fired: steered (best.safetensors): {found.directions[0].words}" in evaluated.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--directions", "gone.safetensors"], "gone.safetensors: there is no such profile"),
+        (["--directions", "planted.safetensors"], "holds no candidates to search among"),
+        (["--directions", "d", "--pairs", "p"], "--pairs is for a search among experts, not among"),
+        (["--directions", "d", "--rankings", "p"], "--rankings is for a search among experts"),
+        (["--directions", "d", "--optimiser", "optuna"], "--optimiser is for a search among expe"),
+        (["--directions", "d", "--seed", "3"], "--seed is for a search among experts"),
+        (["--pairs", "p", "--coefficients", "3"], "--coefficients is for a search among --directi"),
+        (["--pairs", "p", "--methods", "one"], "--methods is for a search among --directions"),
+        (["--pairs", "p", "--others", "3"], "--others is for a search among --directions; give"),
+    ],
+)
+def test_mixed_searches_are_refused(run: Run, arguments: list[str], message: str):
+    said = run(*AMONG, "--toward", "a", *arguments)
     assert said.code == 2
     assert message in said.err
     assert "Traceback" not in said.err

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moesteer.direction import Candidates, Direction
+from moesteer.directions.writers import PARTS, Ablated, Writer, Writers
 from moesteer.evaluation.comparison import (
     ArmFacts,
     Comparison,
@@ -16,6 +18,12 @@ from moesteer.evaluation.comparison import (
     TaskFacts,
     compare,
     pool_of,
+)
+from moesteer.evaluation.direction_search import (
+    Choice,
+    Control,
+    DirectionResult,
+    DirectionTrial,
 )
 from moesteer.evaluation.search import Found, SearchResult, Trial
 from moesteer.profile import Evidence, LayerShape, ModelFacts, Profile, Scores
@@ -118,9 +126,10 @@ def evaluate_run(
     tasks: Sequence[TaskFacts] = (task(), task("sums", "price")),
     model: ModelFacts | None = None,
     finished: bool = True,
+    steered: Profile | None = None,
 ) -> Path:
     """Steering turns every second reply of the target from no to yes; controls do nothing."""
-    steered = profile(model)
+    steered = steered or profile(model)
     assert steered.model is not None
     records: list[dict[str, Any]] = []
     for one in tasks:
@@ -143,8 +152,10 @@ def evaluate_run(
                 )
     shares, differences = compare(tasks, ARMS, records, 0)
     arms = [ArmFacts("unsteered")]
+    words = tuple(direction.words for direction in steered.directions)
     arms += [
-        ArmFacts(a, steered.activated, steered.deactivated, 99, note=f"arm {a}") for a in ARMS[1:]
+        ArmFacts(a, steered.activated, steered.deactivated, 99, True, f"arm {a}", words)
+        for a in ARMS[1:]
     ]
     made = Comparison(
         model=steered.model.id,
@@ -258,13 +269,155 @@ def judge_run(folder: Path, *, seen: int = 2) -> Path:
     return folder
 
 
+def directed(kind: Literal["residual", "own"] = "residual") -> Profile:
+    """A direction of layer 3 is added; of experts, expert 1 of that layer weighs it.
+
+    Candidates are of layers 1 and 3 at two positions, or of two experts a layer, of which those of
+    layer 3 are over the routing threshold.
+    """
+    places = [(layer, position) for layer in (1, 3) for position in (-2, -1)]
+    layer, position = (np.array(column) for column in zip(*places, strict=True))
+    vector = np.arange(1, 13, dtype=np.float32).reshape(4, 3)
+    settings: dict[str, bool | int | float | str] = {
+        "refusal_tokens": "'No'",
+        "refusal_token_ids": "7",
+        "positions": 2,
+    }
+    if kind == "residual":
+        scores = {
+            "norm": np.linalg.norm(vector, axis=1),
+            "bypass": np.array([2.0, 1.0, 3.0, -1.5]),
+            "induce": np.array([-1.0, 0.5, -2.0, 1.0]),
+            "kl": np.array([0.01, 0.3, 0.02, 0.05]),
+        }
+        expert = np.full(4, -1)
+        settings |= {"max_kl": 0.1, "min_induce": 0.0, "max_layer": 0.9}
+        direction = Direction(tuple(vector[3].tolist()), ((3, "input"),), coefficient=2.0)
+    else:
+        scores = {
+            "routing": np.array([0.05, -0.1, 0.2, 0.6]),
+            "kept": np.array([0.0, 0.0, 1.0, 1.0]),
+        }
+        expert, position = np.array([0, 1, 0, 1]), np.zeros(4, dtype=int)
+        direction = Direction(tuple(vector[3].tolist()), ((3, "mlp"),), coefficient=30.0, expert=1)
+    made = profile()
+    assert made.evidence is not None
+    return Profile(
+        directions=(direction,),
+        toward="a",
+        model=replace(facts(), decoder_layers=4, hidden=3),
+        evidence=replace(
+            made.evidence, detector="difference of means", counted=None, settings=settings
+        ),
+        candidates=Candidates(kind, layer, position, expert, vector, scores),
+        name=f"{kind}.safetensors",
+    )
+
+
+def direction_trial(
+    choice: Choice | None, score: float, kl: float | None = None, yes: int | None = None
+) -> DirectionTrial:
+    if yes is None:
+        return DirectionTrial(choice, score, kl)
+    outcomes = {"towns": {"yes": yes, "no": 19 - yes, "neither": 1}, "sums": {"yes": 20, "no": 0}}
+    return DirectionTrial(choice, score, kl, outcomes, True, yes / 20)
+
+
+def direction_search_run(folder: Path, kind: Literal["residual", "own"] = "own") -> Path:
+    """Of four choices two are judged; a control with two choices found one."""
+    weighted = kind == "own"
+    places = [(3, 0, (1,)), (3, 0, (0,))] if weighted else [(3, -1, ()), (3, -2, ())]
+    mine = [Choice(None, *place, c) for place in places for c in (10.0, 30.0)]
+    theirs = [Choice(0, 1, place[1], (1,) if weighted else (), 30.0) for place in places[:1]]
+    trials = [
+        direction_trial(mine[0], 1.0, 0.1, 12),
+        direction_trial(mine[1], 4.0, 0.2, 18),
+        direction_trial(mine[2], -3.0),
+        direction_trial(mine[3], 5.0, 7.0),
+        direction_trial(theirs[0], -2.0, 0.0, 5),
+    ]
+    unsteered = direction_trial(None, -4.0, 0.0, 0)
+    settings = {"model_facts": asdict(facts()), "seeds": 2}
+    with open_run(folder, "direction search", settings, ABOUT) as run:
+        for one in (unsteered, *trials):
+            choice = one.choice and asdict(one.choice)
+            run.add("scores", [{"choice": choice, "score": one.score}])
+            if one.kl is not None:
+                run.add("kl", [{"choice": choice, "kl": one.kl}])
+            if one.outcomes is not None:
+                run.add("judged", [{"choice": choice, "outcomes": one.outcomes}])
+        directed(kind).save(folder / "best.safetensors")
+        test = evaluate_run(folder / "test", steered=replace(directed(kind), candidates=None))
+        result = DirectionResult(
+            model="made/model",
+            kind=kind,
+            target="towns",
+            outcome="yes",
+            toward="a",
+            prices={"sums": 0.8},
+            max_kl=1.0,
+            coefficients=(10.0, 30.0),
+            methods=("one",) if weighted else (),
+            budget=2,
+            others=1,
+            seeds=2,
+            tried=4,
+            unsteered=unsteered,
+            best=trials[1],
+            judged=(trials[1], trials[0]),
+            controls=(
+                Control(0, ((1, 1),) if weighted else (), 1, trials[4]),
+                Control(1, ((1, 0),) if weighted else (), 1, None),
+            ),
+            test=Comparison.from_json((test / "summary.json").read_text()),
+        )
+        (folder / "summary.json").write_text(result.to_json())
+    return folder
+
+
+def writers_run(folder: Path) -> Path:
+    """Attention of layer 1 writes three quarters, one of two experts a quarter."""
+    by_layer = [
+        Writer("embedding", None, None, 0.0, -0.1, 0.1, 0.0),
+        Writer("attention", 0, None, 1.0, 0.5, 1.5, 0.1),
+        Writer("rest", 0, None, 0.0, 0.0, 0.0, 0.0),
+        Writer("attention", 1, None, 6.5, 6.0, 7.0, 0.65),
+        Writer("expert", 1, 0, -0.5, -0.75, -0.25, -0.05),
+        Writer("expert", 1, 1, 3.0, 2.5, 3.5, 0.3),
+        Writer("rest", 1, None, 0.0, 0.0, 0.0, 0.0),
+    ]
+    parts = tuple(
+        Writer(part, None, None, value, value - 0.5, value + 0.5, value / 10)
+        for part, value in zip(PARTS, (0.0, 7.5, 2.5, 0.0), strict=True)
+    )
+    ablated = (
+        Ablated("nothing", 5.0, 4.5, 5.5, 0.0, 0.0, 0.0),
+        Ablated("attention", 1.0, 0.5, 1.5, -4.0, -4.5, -3.5),
+        Ablated("mlp", 4.5, 4.0, 5.0, -0.5, -1.0, 0.0),
+        Ablated("both", 0.25, 0.0, 0.5, -4.75, -5.0, -4.5),
+    )
+    result = Writers(
+        *("made/model", "residual.safetensors", 40, 44, 2, -1, 9.5, 10.0, 9.0, 11.0),
+        parts=parts,
+        writers=tuple(by_layer),
+        ablated=ablated,
+    )
+    with open_run(folder, "writers", {"model": asdict(facts()), "seed": 0}, ABOUT):
+        (folder / "summary.json").write_text(result.to_json())
+    return folder
+
+
 def all_runs(folder: Path) -> list[Path]:
-    """A run folder of every kind, and a profile, all of one model."""
+    """A run folder of every kind, and profiles of both, all of one model."""
     profile().save(folder / "made.safetensors")
+    directed().save(folder / "residual.safetensors")
     return [
         evaluate_run(folder / "evaluated"),
         search_run(folder / "searched"),
         detectors_run(folder / "detected"),
         judge_run(folder / "judged"),
+        direction_search_run(folder / "directed"),
+        writers_run(folder / "written"),
         folder / "made.safetensors",
+        folder / "residual.safetensors",
     ]

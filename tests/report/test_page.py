@@ -26,9 +26,11 @@ def test_every_kind_of_run_is_read(tmp_path: Path):
     page = gather(all_runs(tmp_path))
     assert page.model == facts()
     assert [len(page.searches), len(page.detectors), len(page.checks)] == [1, 1, 1]
-    # the search brings its own evaluation along, but is itself what was run
-    assert [e.run.folder.name for e in page.evaluations] == ["evaluated", "test"]
-    assert [run.kind for run in page.runs] == ["search", "evaluate", "detectors", "judge"]
+    # searches bring their own evaluation along, but are themselves what was run
+    assert [e.run.folder.name for e in page.evaluations] == ["evaluated", "test", "test"]
+    assert [run.kind for run in page.runs] == [
+        "search", "direction search", "evaluate", "detectors", "judge", "writers",
+    ]  # fmt: skip
 
 
 def test_the_profile_of_an_evaluation_is_read_whole(tmp_path: Path):

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moesteer.commands.common import (
     DEFAULT,
@@ -13,6 +13,8 @@ from moesteer.commands.common import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from moesteer.engines.base import Engine
     from moesteer.evaluation.cards import Card
     from moesteer.profile import Profile
@@ -50,7 +52,7 @@ def evaluate(
     split
         Which of the prompts. What was chosen on dev is measured on test, once.
     seeds
-        How many random and how many usage-matched controls.
+        How many controls of each kind.
     data
         TASK=FILE: where your prompts of a task are. May be repeated.
     checks
@@ -74,7 +76,7 @@ def evaluate(
     profile = load_profile(with_)
     assert profile is not None
     chat_options = parse_chat_options(options.chat_option or [])
-    engine = load_engine(model, options)
+    engine = load_engine(model, options, profile, dense=not profile.steered_layers)
     with counted_progress("evaluate", "replies") as progress:
         comparison = run_evaluation(
             engine,
@@ -107,9 +109,13 @@ def search(
     pairs: str | None = None,
     detectors: list[str] | None = None,
     rankings: list[str] | None = None,
+    directions: str | None = None,
     prices: list[str] | None = None,
     max_kl: float | None = None,
-    budget: int = 48,
+    budget: int | None = None,
+    coefficients: list[float] | None = None,
+    methods: list[Literal["one", "two"]] | None = None,
+    others: int | None = None,
     optimiser: Literal["grid", "optuna"] = "grid",
     seeds: int = 3,
     data: list[str] | None = None,
@@ -119,7 +125,8 @@ def search(
     options: ModelOptions = DEFAULT,
     seed: int = 0,
 ) -> None:
-    """Choose how many experts to steer, on dev prompts within limits; then test it, once.
+    """Choose how many experts to steer, or which direction and how strongly, on dev prompts within
+    limits; then test it, once.
 
     Parameters
     ----------
@@ -138,12 +145,25 @@ def search(
         Detectors to rank experts by, from the pairs; without it, risk-difference.
     rankings
         Profiles with scores to rank experts by, instead of pairs.
+    directions
+        Search among the directions of this file, written by `direction`, instead of among experts.
     prices
         TASK>=SHARE: a task whose outcome must keep at least this share. May be repeated.
     max_kl
-        The largest mean divergence from the unsteered model, in nats a token.
+        The largest mean divergence from the unsteered model, in nats a token. With --directions,
+        of the first token after the prices' prompts; 1 without it.
     budget
-        Trials of one search; the search-matched controls take as many each.
+        Trials of one search; the search-matched controls take as many each. Without it, 48; with
+        --directions 8, of which each has its replies judged.
+    coefficients
+        With --directions: how many times a direction is added, above 0; --toward gives the sign.
+        Without it, from 0.25 to 4, for experts from 1 to 400. May be repeated.
+    methods
+        With --directions of experts: one (each expert alone), two (all kept ones of a layer
+        together). Without it, both.
+    others
+        With --directions of experts: how many experts below the threshold a control searches; 10
+        without it.
     optimiser
         A grid of numbers, or optuna's sampler.
     seeds
@@ -151,23 +171,48 @@ def search(
     data
         TASK=FILE: where your prompts of a task are. May be repeated.
     limit
-        Only the first so many prompts of each task and split.
+        Only the first so many prompts of each task and split. With --directions, 25 on dev without
+        it.
     max_new_tokens
-        The longest reply, in tokens, instead of each task's own.
+        The longest reply, in tokens, instead of each task's own. With --directions, 25 on dev
+        without it.
     batch_size
         Prompts a batch.
     seed
         Seed of optuna's sampler.
     """
     from moesteer.chat import parse_chat_options
+    from moesteer.evaluation.search import BUDGET
     from moesteer.evaluation.search import search as run_search
     from moesteer.report.progress import counted_progress
     from moesteer.report.search_page import search_page
     from moesteer.report.terminal import print_text
 
+    _refuse_mixed(locals())
     card, kept = _target(target), _prices(prices or [])
     files = dict(_parted(text, "=", "TASK=FILE") for text in data or [])
     chat_options = parse_chat_options(options.chat_option or [])
+    if directions is not None:
+        more = {"max_kl": max_kl, "budget": budget, "others": others}
+        _search_directions(
+            model,
+            directions,
+            options,
+            target=card,
+            prices=kept,
+            toward=toward,
+            out=out,
+            coefficients=coefficients,
+            methods=methods,
+            seeds=seeds,
+            data=files,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            chat_options=chat_options,
+            **{name: value for name, value in more.items() if value is not None},
+        )
+        return
     ranked = _rankings(rankings, pairs, detectors)
     engine = load_engine(model, options)
     with counted_progress("search", "trials") as progress:
@@ -179,7 +224,7 @@ def search(
             out=out,
             prices=kept,
             max_kl=max_kl,
-            budget=budget,
+            budget=BUDGET if budget is None else budget,
             optimiser=optimiser,
             seeds=seeds,
             seed=seed,
@@ -196,8 +241,55 @@ def search(
     print_text(f"written: {out}")
 
 
+FOR_RANKINGS = ("pairs", "detectors", "rankings", "optimiser", "seed")
+FOR_DIRECTIONS = ("coefficients", "methods", "others")
+"""Options of a search that mean nothing in the other kind."""
+
+
+def _refuse_mixed(given: "Mapping[str, object]") -> None:
+    """MoesteerError for an option that is given and means nothing in this kind of search."""
+    from inspect import signature
+
+    from moesteer.errors import MoesteerError
+
+    among_directions = given["directions"] is not None
+    for name in FOR_RANKINGS if among_directions else FOR_DIRECTIONS:
+        if given[name] != signature(search).parameters[name].default:
+            raise MoesteerError(
+                f"--{name} is for a search among experts, not among --directions."
+                if among_directions
+                else f"--{name} is for a search among --directions; give their file."
+            )
+
+
+def _search_directions(
+    model: str, file: str, options: ModelOptions, *, target: "Card", **settings: Any
+) -> None:
+    """The search among the directions of a file; `settings` are those of `direction_search`."""
+    from moesteer.evaluation.direction_search import direction_search, widest
+    from moesteer.report.direction_search_page import direction_search_page
+    from moesteer.report.progress import counted_progress
+    from moesteer.report.terminal import print_text
+
+    source = load_profile(file)
+    assert source is not None
+    engine = load_engine(model, options, widest(source), dense=True)
+    with counted_progress("search", "choices") as progress:
+        result = direction_search(
+            engine,
+            source,
+            target,
+            **settings,
+            say=_say,
+            progress=progress,
+            command=command_line(),
+        )
+    print_text(direction_search_page(result))
+    print_text(f"written: {settings['out']}")
+
+
 def _target(text: str) -> "Card":
-    """TASK or TASK=OUTCOME as a card with that outcome."""
+    """TASK or TASK=OUTCOME as a card with that outcome, whatever its role is elsewhere."""
     from dataclasses import replace
 
     from moesteer.errors import MoesteerError
@@ -210,11 +302,13 @@ def _target(text: str) -> "Card":
             f"--target: {outcome!r} is no outcome of {card.name}; it has"
             f" {', '.join(card.outcomes)}."
         )
-    return replace(card, outcome=outcome) if outcome else card
+    return replace(card, outcome=outcome or card.outcome, role="target")
 
 
 def _prices(texts: list[str]) -> "list[tuple[Card, float]]":
-    """TASK>=SHARE texts as cards with the least share."""
+    """TASK>=SHARE texts as cards with the least share, whatever their role is elsewhere."""
+    from dataclasses import replace
+
     from moesteer.errors import MoesteerError
     from moesteer.evaluation.cards import read_card
 
@@ -227,7 +321,7 @@ def _prices(texts: list[str]) -> "list[tuple[Card, float]]":
             share = -1.0
         if not 0 <= share <= 1:
             raise MoesteerError(f"--prices {text}: {least} is no share from 0 to 1.")
-        found.append((read_card(name), share))
+        found.append((replace(read_card(name), role="price"), share))
     return found
 
 

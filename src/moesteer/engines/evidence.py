@@ -37,7 +37,8 @@ class DirectionEvidence:
     """What one direction of a profile did at one site, of a profile's tokens in its window.
 
     Added: how far the tokens moved along it, on average, `measured` and `expected`, in the stream's
-    units. Ablated: the largest share of a token's norm that is left along it, and 0.
+    units; `rounding` is how much of that the numbers' precision may swallow. Ablated: the largest
+    share of a token's norm that is left along it, and 0.
     """
 
     profile: str
@@ -48,13 +49,15 @@ class DirectionEvidence:
     tokens: int
     measured: float
     expected: float
+    rounding: float = 0.0
 
     @property
     def obeyed(self) -> bool:
         """Whether the tokens did what was asked, up to the rounding of half precision."""
         if self.operation == "ablate":
             return self.measured <= LEFT_OVER
-        return abs(self.measured - self.expected) <= MOVED * abs(self.expected)
+        allowed = MOVED * abs(self.expected) + self.rounding
+        return abs(self.measured - self.expected) <= allowed
 
 
 LEFT_OVER = 0.02
@@ -126,8 +129,13 @@ def _both(before: DirectionEvidence | None, seen: DirectionEvidence) -> Directio
         if seen.operation == "ablate"
         else mean(before.measured, seen.measured)
     )
-    expected = mean(before.expected, seen.expected)
-    return replace(seen, tokens=tokens, measured=measured, expected=expected)
+    return replace(
+        seen,
+        tokens=tokens,
+        measured=measured,
+        expected=mean(before.expected, seen.expected),
+        rounding=mean(before.rounding, seen.rounding),
+    )
 
 
 def _check_direction(seen: DirectionEvidence) -> None:

@@ -60,8 +60,9 @@ class TaskFacts:
 class ArmFacts:
     """What an arm steers, as (layer, expert), and that it did: `tokens` ran under it.
 
-    `obeyed`: every token selected each activated expert and no deactivated one. `note` says what
-    the arm could not do as it should.
+    `obeyed`: every token selected each activated expert and no deactivated one, and the stream
+    moved as far along each direction as it should. `directions` say what each does, in words,
+    `note` what the arm could not do as it should.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ArmFacts:
     tokens: int = 0
     obeyed: bool = True
     note: str = ""
+    directions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

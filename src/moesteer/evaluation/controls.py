@@ -1,13 +1,18 @@
-"""Controls: the same intervention with experts that should not matter.
+"""Controls: the same intervention with experts, and along directions, that should not matter.
 
-Steering as many experts as a profile does, at the same layers, perturbs a model whoever they are;
-only what goes beyond the controls says something about the experts that were chosen.
+Steering as many experts as a profile does, at the same layers, perturbs a model whoever they are,
+and so does a push as strong along any direction; only what goes beyond the controls says something
+about the experts and directions that were chosen.
 
-    random     as many others of the same layers
-    matched    for each expert one of its layer that is selected about as often
-    bottom     as many of those that the detector ranked last, over all layers
-    reversed   the same experts, the other way round: this one should matter
-    shuffled   the detector's scores dealt to random experts, for a search to choose from
+    random          as many others of the same layers; random directions of the same norm
+    matched         for each expert one of its layer that is selected about as often
+    bottom          as many of those that the detector ranked last, over all layers
+    other experts   of directions weighted by experts: others of the layer, see direction_controls
+    reversed        the same, the other way round: this one should matter; an ablation has none
+    shuffled        the detector's scores dealt to random experts, for a search to choose from
+
+Where a profile holds both, both are replaced at once: directions by random ones wherever it is not
+said how.
 
 Random and matched experts are drawn among those that are *not* steered: they ask whether others do
 as well. If the choice was no better than chance, chosen and drawn ones are still alike, so nothing
@@ -23,8 +28,10 @@ from dataclasses import replace
 import numpy as np
 
 from moesteer.detection.selecting import experts_table, ranked_experts, scores_by_expert
+from moesteer.direction import Direction
 from moesteer.errors import MoesteerError
 from moesteer.evaluation.comparison import STEERED, UNSTEERED
+from moesteer.evaluation.direction_controls import directions_of_others, random_directions
 from moesteer.profile import Expert, LayerShape, Profile, Side, check_fits
 
 NEAREST = 3
@@ -32,10 +39,34 @@ NEAREST = 3
 
 
 def random_control(profile: Profile, layers: tuple[LayerShape, ...], seed: int) -> Profile:
-    """As many random experts in the same layers, none of them the profile's own.
+    """As many random experts in the same layers, none of them the profile's own; and random
+    directions of the same norms at the same sites.
 
     MoesteerError where a layer has too few others, or the profile doesn't fit the layers.
     """
+    activated, deactivated = _random_experts(profile, layers, seed)
+    what = [*["experts"] * bool(profile.steered_layers or not profile.directions)]
+    what += ["directions of the same norm"] * bool(profile.directions)
+    directions = random_directions(profile.directions, seed)
+    name = f"random {' and '.join(what)} (seed {seed})"
+    return _control(profile, activated, deactivated, directions, name)
+
+
+def other_experts(profile: Profile, layers: tuple[LayerShape, ...], seed: int) -> Profile:
+    """Directions of other experts of the same layers, below the routing threshold, of equal norm.
+
+    Steered experts, and directions of no expert, are replaced as in `random_control`. MoesteerError
+    where the profile doesn't hold other experts' vectors, or a layer has too few.
+    """
+    activated, deactivated = _random_experts(profile, layers, seed)
+    directions = directions_of_others(profile, seed)
+    name = f"directions of other experts (seed {seed})"
+    return _control(profile, activated, deactivated, directions, name)
+
+
+def _random_experts(
+    profile: Profile, layers: tuple[LayerShape, ...], seed: int
+) -> tuple[list[Expert], list[Expert]]:
     check_fits(profile, layers)
     generator = random.Random(seed)
     activated: list[Expert] = []
@@ -45,7 +76,7 @@ def random_control(profile: Profile, layers: tuple[LayerShape, ...], seed: int) 
         drawn = generator.sample(_others(profile, layers, layer), len(up) + len(down))
         activated += [(layer, expert) for expert in drawn[: len(up)]]
         deactivated += [(layer, expert) for expert in drawn[len(up) :]]
-    return _control(profile, activated, deactivated, f"random experts (seed {seed})")
+    return activated, deactivated
 
 
 def matched_control(profile: Profile, layers: tuple[LayerShape, ...], seed: int) -> Profile:
@@ -69,7 +100,9 @@ def matched_control(profile: Profile, layers: tuple[LayerShape, ...], seed: int)
 
     activated = [other(expert) for expert in profile.activated]
     deactivated = [other(expert) for expert in profile.deactivated]
-    return _control(profile, activated, deactivated, f"usage-matched experts (seed {seed})")
+    directions = random_directions(profile.directions, seed)
+    name = _beside_random("usage-matched experts", directions, f" (seed {seed})")
+    return _control(profile, activated, deactivated, directions, name)
 
 
 def bottom_ranked(profile: Profile, layers: tuple[LayerShape, ...]) -> Profile:
@@ -90,16 +123,19 @@ def bottom_ranked(profile: Profile, layers: tuple[LayerShape, ...]) -> Profile:
             f"{profile.name} steers {len(steered)} experts, which leaves too few others for a"
             " bottom-ranked control."
         )
-    return _control(profile, activated, deactivated, "bottom-ranked experts")
+    directions = random_directions(profile.directions, 0)
+    name = _beside_random("bottom-ranked experts", directions)
+    return _control(profile, activated, deactivated, directions, name)
 
 
 def reversed_control(profile: Profile, layers: tuple[LayerShape, ...]) -> Profile:
-    """The profile with activated and deactivated experts swapped.
+    """The profile with activated and deactivated experts swapped, and directions turned round.
 
     A layer that can't obey keeps those of the highest |score| (without scores: the first); the
-    control's name then says how many of how many.
+    control's name then says how many of how many. MoesteerError where a direction is ablated.
     """
     check_fits(profile, layers)
+    directions = tuple(direction.reversed() for direction in profile.directions)
     every = len(profile.activated) + len(profile.deactivated)
     activated = _that_fit(_strongest(profile, profile.deactivated), layers, _room_up, every)
     deactivated = _that_fit(_strongest(profile, profile.activated), layers, _room_down, every)
@@ -108,7 +144,7 @@ def reversed_control(profile: Profile, layers: tuple[LayerShape, ...]) -> Profil
     if kept < every:
         name += f" in part: {kept} of {every} experts, as a layer can't take more"
     sides: dict[Side | None, Side] = {"a": "b", "b": "a"}
-    control = _control(profile, activated, deactivated, name)
+    control = _control(profile, activated, deactivated, directions, name)
     return replace(control, toward=sides.get(profile.toward))
 
 
@@ -143,9 +179,20 @@ def arms(
     makers: dict[str, Callable[[], Profile]] = {
         "reversed": lambda: reversed_control(profile, layers),
         **{f"random {s}": lambda s=s: random_control(profile, layers, s) for s in range(seeds)},
-        **{f"matched {s}": lambda s=s: matched_control(profile, layers, s) for s in range(seeds)},
-        "bottom": lambda: bottom_ranked(profile, layers),
     }
+    if profile.steered_layers or not profile.directions:
+        makers |= {
+            **{
+                f"matched {s}": lambda s=s: matched_control(profile, layers, s)
+                for s in range(seeds)
+            },
+            "bottom": lambda: bottom_ranked(profile, layers),
+        }
+    if any(direction.expert is not None for direction in profile.directions):
+        makers |= {
+            f"other experts {s}": lambda s=s: other_experts(profile, layers, s)
+            for s in range(seeds)
+        }
     found: dict[str, Profile | None] = {UNSTEERED: None, STEERED: profile}
     missing: dict[str, list[str]] = {}
     for name, make in makers.items():
@@ -170,16 +217,26 @@ def _others(profile: Profile, layers: tuple[LayerShape, ...], layer: int) -> lis
 
 
 def _control(
-    profile: Profile, activated: list[Expert], deactivated: list[Expert], name: str
+    profile: Profile,
+    activated: list[Expert],
+    deactivated: list[Expert],
+    directions: tuple[Direction, ...],
+    name: str,
 ) -> Profile:
     return replace(
         profile,
         activated=tuple(sorted(activated)),
         deactivated=tuple(sorted(deactivated)),
+        directions=directions,
         evidence=None,
         scores=None,
+        candidates=None,
         name=name,
     )
+
+
+def _beside_random(what: str, directions: tuple[Direction, ...], seed: str = "") -> str:
+    return f"{what}{' and random directions of the same norm' if directions else ''}{seed}"
 
 
 def _check_scores(profile: Profile) -> None:

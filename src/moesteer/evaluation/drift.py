@@ -63,8 +63,11 @@ def divergence(
 def selections(
     engine: "Engine", conversations: Sequence[TokenisedConversation], batch_size: int
 ) -> Num[np.ndarray, "layer expert"] | None:
-    """How many reply tokens the unsteered model sends to each expert; None without replies."""
-    if not conversations:
+    """How many reply tokens the unsteered model sends to each expert.
+
+    None without replies, and of a dense model, which routes nothing.
+    """
+    if not conversations or not engine.facts.layers:
         return None
     return np.sum(
         [

@@ -8,12 +8,14 @@ was said and judged stands in `replies.jsonl`, how far each arm moved from the u
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesteer.chat import TokenisedConversation, render_prompt
+from moesteer.engines.evidence import DirectionEvidence
 from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.evaluation.cards import Card, all_cards, make_judges, read_items
 from moesteer.evaluation.comparison import (
@@ -42,6 +44,7 @@ from moesteer.runs import Run, open_run
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine
+    from moesteer.engines.evidence import LayerEvidence
     from moesteer.profile import Profile
 
 SUMMARY = "summary.json"
@@ -49,7 +52,8 @@ BOOTSTRAP_SEED = 0
 REPLY = ("task", "arm", "item", "prompt", "reply", "outcome", "verdicts")
 DRIFT = ("task", "arm", "kl", "routing")
 FIRED = ("task", "arm", "start", "layer", "tokens", "obeyed")
-"""The keys of a line of `replies.jsonl`, `drift.jsonl` and `fired.jsonl`."""
+"""The keys of a line of `replies.jsonl`, `drift.jsonl` and `fired.jsonl`; what a direction did has
+place, expert, operation, measured and expected beside them."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ def evaluate(
     """Measure what a profile does on tasks, beside the unsteered model and controls.
 
     `out` is the run's folder; an interrupted run is taken up. `data` names the file of a task's
-    prompts, `limit` asks only the first so many of each, `seeds` is how many random and how many
-    usage-matched controls there are, `beside` holds more arms by name, `chat_options` override the
+    prompts, `limit` asks only the first so many of each, `seeds` is how many controls of each kind
+    there are, `beside` holds more arms by name, `chat_options` override the
     profile's. Checks of the judges are looked for in the folder `checks`, by default the one that
     holds `out`. `say` is told what it costs before it starts, `progress` how many replies there are
     of how many.
@@ -114,6 +118,7 @@ def evaluate(
         "model": engine.facts.id,
         "model_facts": asdict(engine.facts),
         "experts": f"activated {profile.activated}, deactivated {profile.deactivated}",
+        "directions": [direction.words for direction in profile.directions],
         "profile": json.loads(profile.to_json()),
         "tasks": {a.card.name: identity(a) for a in asked},
         "split": split,
@@ -339,18 +344,8 @@ def _ask(
         [replies[i] for i in missing],
     )
     # The proof first: there is never a reply without it.
-    fired = [
-        {
-            "task": task.card.name,
-            "arm": arm,
-            "start": chosen.start,
-            "layer": seen.layer,
-            "tokens": seen.tokens,
-            "obeyed": seen.obeyed,
-        }
-        for seen in generated.evidence
-    ]
-    run.add("fired", fired)
+    asked = {"task": task.card.name, "arm": arm, "start": chosen.start}
+    run.add("fired", [asked | _fired(seen) for seen in generated.evidence])
     run.add(
         "replies",
         [
@@ -366,6 +361,14 @@ def _ask(
             for i, said in zip(missing, judged, strict=True)
         ],
     )
+
+
+def _fired(seen: "LayerEvidence | DirectionEvidence") -> dict[str, Any]:
+    found: dict[str, Any] = {"layer": seen.layer, "tokens": seen.tokens, "obeyed": seen.obeyed}
+    if isinstance(seen, DirectionEvidence):
+        for name in ("place", "expert", "operation", "measured", "expected"):
+            found[name] = getattr(seen, name)
+    return found
 
 
 # -- drift ---------------------------------------------------------------------------------------
@@ -445,15 +448,21 @@ def _arm_facts(
     if profile is None:
         return ArmFacts(name)
     # A group that was asked twice, because the first time was cut off, counts once.
-    mine = {(r["task"], r["start"], r["layer"]): r for r in fired if r["arm"] == name}
-    by_layer: dict[int, int] = {}
-    for (_, _, layer), record in mine.items():
-        by_layer[layer] = by_layer.get(layer, 0) + record["tokens"]
+    mine = {(r["task"], r["start"], *_where(r)): r for r in fired if r["arm"] == name}
+    by_place: Counter[tuple] = Counter()
+    for (_, _, *where), record in mine.items():
+        by_place[tuple(where)] += record["tokens"]
     return ArmFacts(
         name,
         profile.activated,
         profile.deactivated,
-        tokens=max(by_layer.values(), default=0),
+        tokens=max(by_place.values(), default=0),
         obeyed=bool(mine) and all(record["obeyed"] for record in mine.values()),
         note=profile.name,
+        directions=tuple(direction.words for direction in profile.directions),
     )
+
+
+def _where(record: Mapping[str, Any]) -> tuple:
+    """What tells the lines of one group apart: a router has no place."""
+    return record["layer"], record.get("place"), record.get("expert"), record.get("operation")

@@ -405,6 +405,11 @@ def _labelled(rankings: Sequence[Profile], engine: "Engine") -> dict[str, Profil
     for ranking in rankings:
         if ranking.scores is None:
             raise MoesteerError(f"{ranking.name} holds no scores to rank experts by.")
+        if ranking.directions:
+            raise MoesteerError(
+                f"{ranking.name} uses directions, too, which every choice of experts would; give a"
+                " ranking without them."
+            )
         check_model(ranking, engine.facts)
         if ranking.chat_options != rankings[0].chat_options:
             raise MoesteerError(

@@ -17,6 +17,9 @@ from moesteer.evaluation.comparison import (
     pool_of,
 )
 
+LISTED = 3
+"""Directions of an arm that are named."""
+
 READING = """\
 Shares are of judged replies, with Wilson's 95 % interval. Differences are paired by prompt, in
 percentage points, with a 95 % bootstrap interval over prompts and an exact p, adjusted over tasks
@@ -32,6 +35,7 @@ def comparison_page(comparison: Comparison) -> RenderableType:
         Text(""),
         shares_table(comparison),
         Text(""),
+        *_outcomes_tables(comparison),
         differences_table(comparison),
         Text(""),
         drift_table(comparison),
@@ -53,6 +57,24 @@ def shares_table(comparison: Comparison) -> RenderableType:
         table.add_row(pool, *cells, style="" if pool in (UNSTEERED, STEERED) else "dim")
     table.add_row("replies an arm", *(str(task.items) for task in comparison.tasks), style="dim")
     return table
+
+
+def _outcomes_tables(comparison: Comparison) -> Iterator[RenderableType]:
+    """Of tasks with more than two outcomes all of them: what is no refusal may be no answer."""
+    for task in comparison.tasks:
+        if len(task.outcomes) > 2:
+            table = Table(box=None, header_style="bold", pad_edge=False)
+            table.add_column(f"outcomes of {task.name}")
+            for outcome in task.outcomes:
+                table.add_column(outcome, justify="right")
+            for pool in _pools(comparison):
+                shares = [s for s in _of_task(comparison, task) if pool_of(s.arm) == pool]
+                n = sum(share.n for share in shares)
+                counts = [sum(s.outcomes.get(o, 0) for s in shares) for o in task.outcomes]
+                cells = [f"{count / n:.0%}" if n else "–" for count in counts]
+                table.add_row(pool, *cells, style="" if pool in (UNSTEERED, STEERED) else "dim")
+            yield table
+            yield Text("")
 
 
 def differences_table(comparison: Comparison) -> RenderableType:
@@ -103,9 +125,20 @@ def _below(comparison: Comparison) -> Iterator[str]:
 
 
 def _fired_line(arm: ArmFacts) -> str:
-    proof = "activated always selected, deactivated never" if arm.obeyed else "not always obeyed"
-    what = f"+{len(arm.activated)} −{len(arm.deactivated)} experts"
-    return f"fired: {arm.name} ({arm.note}): {what}; {arm.tokens:,} tokens a layer; {proof}"
+    experts = arm.activated or arm.deactivated or not arm.directions
+    what = [f"+{len(arm.activated)} −{len(arm.deactivated)} experts"] if experts else []
+    what += _listed(arm.directions)
+    proof = ["activated always selected, deactivated never"] if experts else []
+    proof += ["the stream moved as it should"] if arm.directions else []
+    proof = proof if arm.obeyed else ["not always obeyed"]
+    tokens = f"{arm.tokens:,} tokens a {'layer' if experts else 'place'}"
+    return f"fired: {arm.name} ({arm.note}): {'; '.join([*what, tokens, *proof])}"
+
+
+def _listed(directions: Sequence[str]) -> list[str]:
+    """The first directions, and how many more there are."""
+    more = len(directions) - LISTED
+    return [*directions[:LISTED], *([f"{more} more directions"] if more > 0 else [])]
 
 
 def _pools(comparison: Comparison) -> list[str]:

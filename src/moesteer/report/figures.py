@@ -130,7 +130,7 @@ def volcano(profile: Profile) -> Drawing:
     highest = max(1.0, -math.log10(max(min(experts_table(profile, "p").values()), SMALLEST_P)))
     x = Scale(-1.08 * largest, 1.08 * largest, LEFT, 560)
     y = Scale(0, 1.05 * highest, 300, 28)
-    marks = _axes(x, y, "score (right: more in A)", "−log₁₀ p")
+    marks = drawn_axes(x, y, "score (right: more in A)", "−log₁₀ p")
     marks.append(Line(x(0), y.start, x(0), y.end, "zero"))
     later: list[Mark] = []
     for row, shape in enumerate(profile.model.layers):
@@ -262,7 +262,7 @@ def curves(
     everything = [point for line in (*series, *loose) for point in line.points]
     most = max(point[0] for point in everything)
     x, y = Scale(0, max(most, 1) * 1.04, LEFT, 470), Scale(0, 1, 290, 34)
-    marks = _axes(x, y, axes[0], axes[1], up=as_percent)
+    marks = drawn_axes(x, y, axes[0], axes[1], up=as_percent)
     marks.append(Label(x.end, y.end - 12, axes[2], "end", "quiet"))
     if marked is not None:
         marks.append(Line(x(marked), y.start, x(marked), y.end, "before"))
@@ -277,7 +277,7 @@ def curves(
         Dot(x(a), y(b), 4.5, line.style, told) for line in loose for a, b, told in line.points
     ]
     ends.reverse()
-    for at, (_, line) in zip(_apart([end for end, _ in ends], 15), ends, strict=True):
+    for at, (_, line) in zip(apart([end for end, _ in ends], 15), ends, strict=True):
         marks.append(Label(x.end + 6, at + 4, line.name, style=f"name {line.style}"))
     return Drawing(title, about, 600, 336, tuple(marks))
 
@@ -296,7 +296,7 @@ def scatter(
     points = [point for kind in series for point in kind.points]
     x = _around([point[0] for point in points], LEFT, width - 14)
     y = _around([point[1] for point in points], width / 2, 28)
-    marks = _axes(x, y, *axes, form, form)
+    marks = drawn_axes(x, y, *axes, form, form)
     for scale, other, flat in ((x, y, False), (y, x, True)):
         if scale.low < 0 < scale.high:
             ends = (other.start, scale(0), other.end, scale(0))
@@ -323,7 +323,7 @@ def _around(values: Sequence[float], start: float, end: float) -> Scale:
     return Scale(low - room, high + room, start, end)
 
 
-def _apart(places: Sequence[float], least: float) -> list[float]:
+def apart(places: Sequence[float], least: float) -> list[float]:
     """The places, in their order, moved down until they are `least` apart."""
     moved = dict.fromkeys(range(len(places)), 0.0)
     last = -math.inf
@@ -332,7 +332,7 @@ def _apart(places: Sequence[float], least: float) -> list[float]:
     return list(moved.values())
 
 
-def _axes(
+def drawn_axes(
     x: Scale,
     y: Scale,
     below: str,

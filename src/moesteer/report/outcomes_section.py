@@ -46,6 +46,7 @@ def outcome_blocks(evaluation: Evaluation) -> list[Block]:
             f" and exact p, of other prompts and not of other seeds: {of}",
             comparison.differences,
         ),
+        *_outcomes_tables(comparison, of),
         *_drift_table(comparison, of),
         _fired_table(comparison, of),
     ]
@@ -69,6 +70,21 @@ def _shares_table(comparison: Comparison, of: str) -> Table:
         if share.task == task.name
     ]
     return Table(f"Shares with Wilson's 95 % interval: {of}", headings, tuple(rows))
+
+
+def _outcomes_tables(comparison: Comparison, of: str) -> list[Block]:
+    """Of tasks with more than two outcomes all of them: what is no refusal may be no answer."""
+    tables: list[Block] = []
+    for task in comparison.tasks:
+        shares = [share for share in comparison.shares if share.task == task.name and share.n]
+        names = tuple(dict.fromkeys((*task.outcomes, *(o for s in shares for o in s.outcomes))))
+        if len(names) > 2 and shares:
+            rows = tuple(
+                (text(s.arm), *(percent(s.outcomes.get(o, 0) / s.n) for o in names)) for s in shares
+            )
+            caption = f"All outcomes of {task.name}, shares of the judged replies: {of}"
+            tables.append(Table(caption, ("arm", *names), rows))
+    return tables
 
 
 def _evidence_table(comparison: Comparison, of: str) -> Table:
@@ -118,17 +134,26 @@ def _drift_table(comparison: Comparison, of: str) -> list[Block]:
 
 
 def _fired_table(comparison: Comparison, of: str) -> Table:
+    steered = [arm for arm in comparison.arms if arm.name != UNSTEERED]
+    columns = {
+        "activated": [named(arm.activated) or "none" for arm in steered],
+        "deactivated": [named(arm.deactivated) or "none" for arm in steered],
+        "directions": ["; ".join(arm.directions) or "none" for arm in steered],
+    }
+    experts = any(arm.activated or arm.deactivated for arm in steered)
+    if any(arm.directions for arm in steered):
+        columns = columns if experts else {"directions": columns["directions"]}
+    else:
+        del columns["directions"]
     rows = tuple(
         (
             text(arm.name),
-            text(named(arm.activated) or "none"),
-            text(named(arm.deactivated) or "none"),
+            *(text(words[place]) for words in columns.values()),
             number(arm.tokens, ",d"),
             text("every token" if arm.obeyed else "not every token"),
             text(arm.note),
         )
-        for arm in comparison.arms
-        if arm.name != UNSTEERED
+        for place, arm in enumerate(steered)
     )
-    headings = ("arm", "activated", "deactivated", "tokens a layer", "obeyed", "steered by")
+    headings = ("arm", *columns, "tokens a layer", "obeyed", "steered by")
     return Table(f"Proof that the steering fired: {of}", headings, rows)

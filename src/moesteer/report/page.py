@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from moesteer.directions.writers import Writers
 from moesteer.errors import MoesteerError
 from moesteer.evaluation.comparison import Comparison
+from moesteer.evaluation.direction_search import DirectionResult, DirectionTrial, trials_of
 from moesteer.evaluation.evaluate import replies_of
 from moesteer.evaluation.judge_check import JudgeCheck
 from moesteer.evaluation.search import BEST, SearchResult, Trial
@@ -40,6 +42,16 @@ class Search:
     run: Run
     result: SearchResult
     trials: Sequence[Trial]
+
+
+@dataclass(frozen=True)
+class DirectionSearch:
+    """A run of `search --directions`: among which candidates, what it found, and all trials."""
+
+    run: Run
+    profile: Profile
+    result: DirectionResult
+    trials: Sequence[DirectionTrial]
 
 
 @dataclass(frozen=True)
@@ -113,25 +125,38 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Written:
+    """A run of `writers`."""
+
+    run: Run
+    result: Writers
+
+
+@dataclass(frozen=True)
 class Page:
     """Everything that a report tells of, of one model; `model` None where no source names one.
 
-    `profiles` are those with scores, each once: see `_distinct`.
+    `profiles` are those with scores, `directions` those with directions or candidates, each once:
+    see `_distinct`, `_distinct_directions`.
     """
 
     model: ModelFacts | None
     profiles: tuple[Profile, ...]
+    directions: tuple[Profile, ...]
     evaluations: tuple[Evaluation, ...]
     searches: tuple[Search, ...]
+    direction_searches: tuple[DirectionSearch, ...]
     detectors: tuple[Detectors, ...]
     checks: tuple[Check, ...]
+    writers: tuple[Written, ...]
 
     @property
     def runs(self) -> tuple[Run, ...]:
         """The runs behind it; a search's own evaluation, which it started, is left out."""
-        own = {search.run.folder / "test" for search in self.searches}
-        runs = [item.run for item in (*self.searches, *self.evaluations)]
-        runs += [item.run for item in (*self.detectors, *self.checks)]
+        searches = (*self.searches, *self.direction_searches)
+        own = {search.run.folder / "test" for search in searches}
+        runs = [item.run for item in (*searches, *self.evaluations)]
+        runs += [item.run for item in (*self.detectors, *self.checks, *self.writers)]
         return tuple(run for run in runs if run.folder not in own)
 
 
@@ -147,8 +172,10 @@ def gather(sources: Sequence[str | Path]) -> Page:
     profiles: list[Profile] = []
     evaluations: list[Evaluation] = []
     searches: list[Search] = []
+    direction_searches: list[DirectionSearch] = []
     detectors: list[Detectors] = []
     checks: list[Check] = []
+    writers: list[Written] = []
     for source in dict.fromkeys(Path(source) for source in sources):
         if not source.is_dir():
             profiles.append(Profile.load(source))
@@ -161,6 +188,12 @@ def gather(sources: Sequence[str | Path]) -> Page:
                 searches.append(_search(run))
                 profiles.append(Profile.load(source / BEST))
                 evaluations.append(_evaluation(read_run(source / "test")))
+            case "direction search":
+                direction_searches.append(_direction_search(run))
+                profiles.append(direction_searches[-1].profile)
+                evaluations.append(_evaluation(read_run(source / "test")))
+            case "writers":
+                writers.append(Written(run, Writers.from_json(*_summary(run))))
             case "detectors":
                 detectors.append(_detectors(run))
             case "judge":
@@ -168,7 +201,7 @@ def gather(sources: Sequence[str | Path]) -> Page:
             case kind:
                 raise MoesteerError(
                     f"{source} is a run of `{kind}`; a report is made of runs of `evaluate`,"
-                    " `search`, `detectors` and `judge check`, and of profiles."
+                    " `search`, `detectors`, `writers` and `judge check`, and of profiles."
                 )
         facts = _facts_of(run)
         if facts is not None:
@@ -179,10 +212,13 @@ def gather(sources: Sequence[str | Path]) -> Page:
     return Page(
         model=_one_model(models),
         profiles=_distinct(profiles),
+        directions=_distinct_directions(profiles),
         evaluations=tuple(evaluations),
         searches=tuple(searches),
+        direction_searches=tuple(direction_searches),
         detectors=tuple(detectors),
         checks=tuple(checks),
+        writers=tuple(writers),
     )
 
 
@@ -271,6 +307,11 @@ def _search(run: Run) -> Search:
     return Search(run, result, _trials(run))
 
 
+def _direction_search(run: Run) -> DirectionSearch:
+    result = DirectionResult.from_json(*_summary(run))
+    return DirectionSearch(run, Profile.load(run.folder / BEST), result, trials_of(run))
+
+
 def _trials(run: Run) -> list[Trial]:
     try:
         return [Trial(**record) for record in run.lines("trials")]
@@ -310,4 +351,18 @@ def _distinct(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
             steered = (frozenset(profile.activated), frozenset(profile.deactivated))
             if profile.steered_layers or scores not in {key[0] for key in found}:
                 found.setdefault((scores, *steered), profile)
+    return tuple(found.values())
+
+
+def _distinct_directions(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
+    """Those with directions, and those with candidates that none of these shows; each once, as the
+    one that knows its candidates."""
+    found: dict[object, Profile] = {}
+    shown: set[object] = set()
+    for profile in sorted(profiles, key=lambda p: (not p.directions, p.candidates is None)):
+        table = profile.candidates
+        held = None if table is None else (table.kind, table.vector.tobytes())
+        if profile.directions or (held is not None and held not in shown):
+            found.setdefault(profile.directions or held, profile)
+        shown.add(held)
     return tuple(found.values())

@@ -16,14 +16,17 @@ from moesteer.report.blocks import (
     text,
 )
 from moesteer.report.detectors_section import detector_blocks
+from moesteer.report.direction_search_section import direction_search_blocks
+from moesteer.report.directions_section import directions_blocks
 from moesteer.report.experts_section import expert_blocks
 from moesteer.report.judges_section import doubts, judge_blocks
 from moesteer.report.outcomes_section import outcome_blocks
-from moesteer.report.page import Page
+from moesteer.report.page import DirectionSearch, Page
 from moesteer.report.replies_section import reply_blocks
 from moesteer.report.search_section import search_blocks
 from moesteer.report.terminal import named
 from moesteer.report.verdict import TESTBED, verdicts, warnings_of
+from moesteer.report.writers_section import writer_blocks
 
 
 def report_of(page: Page, show_replies: bool = False) -> Report:
@@ -34,6 +37,12 @@ def report_of(page: Page, show_replies: bool = False) -> Report:
         ("Outcomes", [b for e in page.evaluations for b in outcome_blocks(e)]),
         ("Which experts", [b for p in page.profiles for b in expert_blocks(p)]),
         ("How many experts", [b for s in page.searches for b in search_blocks(s)]),
+        ("Which directions", directions_blocks(page.directions)),
+        (
+            "Which direction, and how strongly",
+            [b for s in page.direction_searches for b in direction_search_blocks(s)],
+        ),
+        ("Who writes it?", [b for w in page.writers for b in writer_blocks(w)]),
         ("Detectors against knock-out", [b for d in page.detectors for b in detector_blocks(d)]),
         ("Judges", judge_blocks(page)),
         ("Replies before and after", reply_blocks(page, show_replies)),
@@ -48,7 +57,9 @@ def _title(page: Page) -> str:
     targets = [verdicts(evaluation.comparison)[0].task for evaluation in page.evaluations]
     tasks = [task for evaluation in page.evaluations for task in evaluation.comparison.tasks]
     titles = {task.name: task.title for task in tasks}
-    names = [titles[name] for name in targets] or [profile.name for profile in page.profiles]
+    profiles = (*page.profiles, *page.directions)
+    names = [titles[name] for name in targets] or [profile.name for profile in profiles]
+    names = names or [f"Who writes {written.result.profile}?" for written in page.writers]
     model = page.model.id if page.model is not None else "an unnamed model"
     return f"{'; '.join(dict.fromkeys(names)) or 'Results'} ({model})"
 
@@ -93,8 +104,10 @@ def _asked(page: Page) -> list[Block]:
         shape = ", ".join(f"{e} experts, k = {k}" for e, k in widths)
         if facts.layers:
             rows.append(("routing", f"{len(facts.layers)} layers of {shape}; {facts.family}"))
+        elif facts.decoder_layers:
+            rows.append(("routing", f"none: {facts.decoder_layers} layers of a dense model"))
     steered = [evaluation.profile for evaluation in page.evaluations]
-    for profile in _each_once([*steered, *page.profiles]):
+    for profile in _each_once([*steered, *page.profiles, *page.directions]):
         rows += _profile_rows(profile)
     for evaluation in page.evaluations:
         comparison = evaluation.comparison
@@ -113,8 +126,22 @@ def _asked(page: Page) -> list[Block]:
                 f" seed {result.seed}",
             )
         )
+    rows += [_direction_search_row(search) for search in page.direction_searches]
     cells = tuple((text(key), text(value)) for key, value in dict.fromkeys(rows))
     return [Table("Model, pairs, tasks and seeds", ("what", "value"), cells)] if cells else []
+
+
+def _direction_search_row(search: DirectionSearch) -> tuple[str, str]:
+    result = search.result
+    limits = [f"{task} ≥ {least:g}" for task, least in result.prices.items()]
+    coefficients = ", ".join(f"{coefficient:g}" for coefficient in result.coefficients)
+    methods = f"method {' and '.join(result.methods)}; " if result.methods else ""
+    return (
+        "search on dev",
+        f"“{result.outcome}” on {result.target}, towards {result.toward.upper()};"
+        f" {'; '.join([*limits, f'KL ≤ {result.max_kl:g}'])}; {methods}coefficients"
+        f" {coefficients}; {result.tried:,} choices, {result.budget} judged",
+    )
 
 
 def _profile_rows(profile: Profile) -> list[tuple[str, str]]:
@@ -125,7 +152,12 @@ def _profile_rows(profile: Profile) -> list[tuple[str, str]]:
     if rows:
         rows.append(("rule", f"{profile.rule}, dose {profile.dose:g}"))
     seen = profile.evidence
-    if seen is not None:
+    if seen is not None and (profile.directions or profile.candidates is not None):
+        rows.append(("prompts", f"at least {seen.pairs:,} a side to fit on, of {seen.source}"))
+        rows.append(("direction", f"{seen.detector}, read at {seen.target}; seed {seen.seed}"))
+        if "refusal_tokens" in seen.settings:
+            rows.append(("behaviour", f"replies begin with {seen.settings['refusal_tokens']}"))
+    elif seen is not None:
         rows.append(("pairs", f"{seen.pairs:,} from {seen.source}, target: {seen.target}"))
         rows.append(("tokens", f"{seen.tokens_a:,} of A, {seen.tokens_b:,} of B ({seen.spans})"))
         counted = f" ({seen.counted})" if seen.counted else ""
@@ -141,7 +173,8 @@ def _each_once(profiles: Sequence[Profile]) -> list[Profile]:
     for profile in profiles:
         hash_of = None if profile.evidence is None else profile.evidence.data_hash
         detector = None if profile.evidence is None else profile.evidence.detector
-        seen.setdefault((profile.activated, profile.deactivated, hash_of, detector), profile)
+        steered = (profile.activated, profile.deactivated, profile.directions)
+        seen.setdefault((*steered, hash_of, detector), profile)
     return list(seen.values())
 
 
@@ -151,7 +184,8 @@ def _each_once(profiles: Sequence[Profile]) -> list[Profile]:
 def _origin(page: Page) -> list[Block]:
     from moesteer.provenance import installed_versions
 
-    profiles = [*page.profiles, *(evaluation.profile for evaluation in page.evaluations)]
+    profiles = [*page.profiles, *page.directions]
+    profiles += [evaluation.profile for evaluation in page.evaluations]
     made = [profile.evidence.command for profile in profiles if profile.evidence is not None]
     made += [str(run.about.get("command") or "") for run in page.runs]
     lines = [line for command in made for line in command.split(" && ") if line]
@@ -176,7 +210,7 @@ def _origin(page: Page) -> list[Block]:
             text(f"seed {profile.evidence.seed}"),
             text(_versions(profile.evidence.versions)),
         )
-        for profile in page.profiles
+        for profile in {id(p): p for p in (*page.profiles, *page.directions)}.values()
         if profile.evidence is not None
     ]
     rows.append(

@@ -10,8 +10,9 @@ from rich.text import Text
 
 from moesteer.detection.detectors import DETECTORS
 from moesteer.detection.selecting import experts_table, ranked_experts, scores_by_expert
-from moesteer.engines.evidence import LayerEvidence
+from moesteer.engines.evidence import DirectionEvidence, LayerEvidence
 from moesteer.profile import Evidence, Expert, Profile
+from moesteer.profile_file import SIGN
 
 if TYPE_CHECKING:
     from moesteer.doctor import Examination
@@ -34,9 +35,17 @@ def profile_page(profile: Profile, top: int) -> RenderableType:
 def profile_facts(profile: Profile) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
-    for side, experts in (("activated", profile.activated), ("deactivated", profile.deactivated)):
-        table.add_row(side, named(experts) if experts else "none")
-    table.add_row("rule", f"{profile.rule}, dose {profile.dose:g}")
+    if profile.steered_layers or not (profile.directions or profile.candidates):
+        for side, experts in (
+            ("activated", profile.activated),
+            ("deactivated", profile.deactivated),
+        ):
+            table.add_row(side, named(experts) if experts else "none")
+        table.add_row("rule", f"{profile.rule}, dose {profile.dose:g}")
+    for direction in profile.directions:
+        table.add_row("direction", direction.words)
+    if any(direction.operation == "add" for direction in profile.directions):
+        table.add_row("sign", SIGN)
     if profile.toward:
         table.add_row("toward", profile.toward.upper())
     if profile.model is not None:
@@ -45,13 +54,17 @@ def profile_facts(profile: Profile) -> RenderableType:
         shape = ", ".join(f"{e} experts, k = {k}" for e, k in widths)
         revision = f" @ {facts.revision}" if facts.revision else ""
         table.add_row("model", f"{facts.id}{revision} ({facts.model_type})")
-        table.add_row("routing", f"{len(facts.layers)} layers of {shape}; {facts.family}")
+        routing = f"{len(facts.layers)} layers of {shape}; {facts.family}"
+        table.add_row("routing", routing if facts.layers else "none: a dense model")
     if profile.evidence is not None:
         seen = profile.evidence
-        table.add_row("pairs", f"{seen.pairs} from {seen.source}, target: {seen.target}")
-        spans = ", matched in length and position" if seen.spans == "matched" else ""
-        table.add_row("tokens", f"{seen.tokens_a:,} of A, {seen.tokens_b:,} of B{spans}")
-        table.add_row("score", f"{_score_words(seen)}; {seen.interval}")
+        if profile.candidates is not None:
+            table.add_row("found by", f"{seen.detector}, at {seen.target}, of {seen.source}")
+        else:
+            table.add_row("pairs", f"{seen.pairs} from {seen.source}, target: {seen.target}")
+            spans = ", matched in length and position" if seen.spans == "matched" else ""
+            table.add_row("tokens", f"{seen.tokens_a:,} of A, {seen.tokens_b:,} of B{spans}")
+            table.add_row("score", f"{_score_words(seen)}; {seen.interval}")
         if profile.scores is not None and seen.pairs > 1:
             table.add_row("certainty", _certainty(profile, seen))
         if seen.command:
@@ -163,18 +176,46 @@ def _colour(share: float) -> str:
     return f"bold white on rgb({mixed[0]},{mixed[1]},{mixed[2]})"
 
 
-def evidence_lines(evidence: Sequence[LayerEvidence]) -> list[str]:
-    """One line a profile: that it fired, on how many tokens, in which layers."""
+def evidence_lines(evidence: Sequence[LayerEvidence | DirectionEvidence]) -> list[str]:
+    """That each profile fired, on how many tokens, where: a line for its experts, one for its
+    directions of each operation."""
     lines = []
     for name in dict.fromkeys(seen.profile for seen in evidence):
-        mine = [seen for seen in evidence if seen.profile == name]
-        layers = ", ".join(str(seen.layer) for seen in mine)
-        tokens = max(seen.tokens for seen in mine)
-        proof = "activated always selected, deactivated never"
-        if not all(seen.obeyed for seen in mine):
-            proof = f"selection obeyed in {sum(s.obeyed for s in mine)} of {len(mine)} layers"
-        lines.append(f"fired: {name}: layers {layers}; {tokens:,} tokens each; {proof}")
+        mine = [s for s in evidence if s.profile == name and isinstance(s, LayerEvidence)]
+        if mine:
+            layers = ", ".join(str(seen.layer) for seen in mine)
+            tokens = max(seen.tokens for seen in mine)
+            proof = "activated always selected, deactivated never"
+            if not all(seen.obeyed for seen in mine):
+                proof = f"selection obeyed in {sum(s.obeyed for s in mine)} of {len(mine)} layers"
+            lines.append(f"fired: {name}: layers {layers}; {tokens:,} tokens each; {proof}")
+        for operation in ("add", "ablate"):
+            found = [
+                s
+                for s in evidence
+                if isinstance(s, DirectionEvidence)
+                and (s.profile, s.operation) == (name, operation)
+            ]
+            if found:
+                lines.append(f"fired: {name}: {_direction_words(operation, found)}")
     return lines
+
+
+def _direction_words(operation: str, found: Sequence[DirectionEvidence]) -> str:
+    """What directions of one operation did, over all their sites."""
+    tokens = max(seen.tokens for seen in found)
+    if operation == "ablate":
+        left = max(seen.measured for seen in found)
+        places = f"{len(found)} places" if len(found) > 1 else "1 place"
+        return f"ablated at {places}; {tokens:,} tokens each; at most {left:.2%} of a token left"
+    sites = [f"{_site(s)} by {s.measured:.3g} of {s.expected:.3g}" for s in found]
+    return f"moved {', '.join(sites)}; {tokens:,} tokens{' each' if len(found) > 1 else ''}"
+
+
+def _site(seen: DirectionEvidence) -> str:
+    if seen.expert is not None:
+        return f"expert {seen.expert} of layer {seen.layer}"
+    return f"the {seen.place} of layer {seen.layer}"
 
 
 def named(experts: Sequence[Expert]) -> str:

@@ -12,9 +12,9 @@ of controls:
 The first two speak of other prompts: with enough of them any two sets of experts differ. How far
 sets of random experts lie apart is seen in their seeds alone, so at least one pool needs two.
 
-Otherwise nothing was found beyond random experts, and the sentence says so. The sign-reversed arm
-is no control: it steers the experts that were found. The price stands in the same sentence: of all
-price tasks the one whose share falls most.
+Otherwise nothing was found beyond random experts, or random directions, and the sentence says so.
+The sign-reversed arm is no control: it steers what was found. The price stands in the same
+sentence: of all price tasks the one whose share falls most.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ from moesteer.report.blocks import NARROW, percent, signs
 
 ALPHA = 0.05
 REVERSED = "reversed"
-TESTBED = ("testbed", "testbed-twin")
+TESTBED = ("testbed", "testbed-twin", "testbed-expert", "testbed-attention")
 SAYS_NOTHING = "The model was built for this. Its numbers say nothing about real models."
 
 
@@ -183,7 +183,8 @@ def _no_claim(
     reach: Mapping[str, float],
 ) -> str:
     main = differences[0]
-    opening = f"On {task.name} nothing was found beyond random experts: "
+    others = _others(comparison)
+    opening = f"On {task.name} nothing was found beyond {others}: "
     if main.difference is None:
         return opening + "no reply could be compared with the unsteered model's"
     moved = f"steering ({comparison.profile}) changes the share of “{task.outcome}”"
@@ -197,7 +198,7 @@ def _no_claim(
     if len(differences) == 1:
         return f"{opening}{moved}, and there are no controls to compare it with"
     if not short:
-        return f"{opening}{moved}, and one seed does not tell how far random experts lie apart"
+        return f"{opening}{moved}, and one seed does not tell how far {others} lie apart"
     least = min(short, key=lambda d: _way(main) * (d.difference or 0.0))
     words = f"steered less {least.against}: {points(least)}"
     if is_beyond(least, _way(main)):
@@ -206,6 +207,13 @@ def _no_claim(
         f"{opening}{moved}, but that does not go beyond {_listed([d.against for d in short])}"
         f" ({words})"
     )
+
+
+def _others(comparison: Comparison) -> str:
+    """What the controls steer by: random experts, random directions, or both."""
+    steered = next(arm for arm in comparison.arms if arm.name == STEERED)
+    both = {"experts": steered.activated or steered.deactivated, "directions": steered.directions}
+    return f"random {' and '.join(what for what, there in both.items() if there) or 'experts'}"
 
 
 def _price_words(comparison: Comparison) -> str:

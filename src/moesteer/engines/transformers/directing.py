@@ -33,8 +33,9 @@ WINDOWS: dict[Window, int] = {"prompt": 1, "generation": 2, "all": 3}
 class Use:
     """One direction a slot, at one site; slots without one have a vector of zeros.
 
-    `passed` and the sums are kept on the device: tokens in the window, how far they moved along the
-    direction and should have, the largest share of their norm that is left along it.
+    What came of it is kept on the device: how many tokens of the window `passed`; sums over them of
+    how far they moved along the direction, should have, and what rounding may swallow of that; or
+    the largest share of a token's norm that is `left` along it.
     """
 
     directions: list[Direction | None]
@@ -42,8 +43,8 @@ class Use:
     unit: Float[Tensor, "slot hidden"]
     window: Int[Tensor, " slot"]
     passed: Int[Tensor, " slot"] = field(init=False)
-    measured: Float[Tensor, " slot"] = field(init=False)
-    expected: Float[Tensor, " slot"] = field(init=False)
+    moved: Float[Tensor, "slot 3"] = field(init=False)
+    left: Float[Tensor, " slot"] = field(init=False)
 
     def __post_init__(self) -> None:
         self.always = all(d is not None and d.window == "all" for d in self.directions)
@@ -57,14 +58,14 @@ class Use:
     def to(self, device: torch.device) -> None:
         """Where the site's tensors are, which offloaded modules don't say beforehand."""
         if self.vector.device != device:
-            for name in ("vector", "unit", "window", "experts", "passed", "measured", "expected"):
+            for name in ("vector", "unit", "window", "experts", "passed", "moved", "left"):
                 setattr(self, name, getattr(self, name).to(device))
 
     def zero(self) -> None:
         slots, device = len(self.directions), self.vector.device
         self.passed = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.measured = torch.zeros(slots, device=device)
-        self.expected = torch.zeros(slots, device=device)
+        self.moved = torch.zeros(slots, 3, device=device)
+        self.left = torch.zeros(slots, device=device)
 
 
 def use_of(directions: Sequence[Direction | None], device: torch.device, hidden: int) -> Use:
@@ -182,11 +183,14 @@ class DirectedSite:
             return
         y = hidden.reshape(-1, hidden.shape[-1]).float()
         slots = rows.of_tokens(len(y), y.device)
-        for use in self.added if adds else ():
-            unit = _of(use.unit, slots)
-            _note(
-                use, rows, slots, ((y - self.before) * unit).sum(-1), (self.wanted * unit).sum(-1)
-            )
+        if self.added and adds:
+            # Independent errors of half a last place a number, seen along a unit vector.
+            lost = torch.finfo(hidden.dtype).eps / 2 / y.shape[-1] ** 0.5 * y.norm(dim=-1)
+            moved = y - self.before
+            for use in self.added:
+                unit = _of(use.unit, slots)
+                along, wanted = (moved * unit).sum(-1), (self.wanted * unit).sum(-1)
+                _note(use, rows, slots, torch.stack((along, wanted.expand_as(along), lost), -1))
         for use in self.ablated:
             unit = _of(use.unit, slots)
             # What was added along the line afterwards is meant to be there.
@@ -233,29 +237,23 @@ class DirectedSite:
 
     def evidence(self, profiles: Sequence[Profile]) -> list[tuple[Profile, DirectionEvidence]]:
         """What each slot's directions did here since they were put in place."""
-        layer, place = self.site
         found = []
         for use in (*self.ablated, *self.added, *self.of_experts):
             for slot, direction in enumerate(use.directions):
                 if direction is None:
                     continue
                 tokens = int(use.passed[slot])
-                share = tokens if direction.operation == "add" else 1
-                found.append(
-                    (
-                        profiles[slot],
-                        DirectionEvidence(
-                            profiles[slot].name,
-                            layer,
-                            place,
-                            direction.expert,
-                            direction.operation,
-                            tokens,
-                            float(use.measured[slot]) / max(share, 1),
-                            float(use.expected[slot]) / max(share, 1),
-                        ),
-                    )
+                mean = (use.moved[slot] / max(tokens, 1)).tolist()
+                ablates = direction.operation == "ablate"
+                seen = DirectionEvidence(
+                    profiles[slot].name,
+                    *self.site,
+                    direction.expert,
+                    direction.operation,
+                    tokens,
+                    *((float(use.left[slot]), 0.0, 0.0) if ablates else mean),
                 )
+                found.append((profiles[slot], seen))
         return found
 
 
@@ -374,20 +372,17 @@ def _counts(use: Use, rows: Rows, slots: Tensor | None, tokens: int) -> Tensor |
     return None if use.always else _in_window(use, rows, slots, tokens).squeeze(-1)
 
 
-def _note(use: Use, rows: Rows, slots: Tensor | None, measured: Tensor, expected: Tensor) -> None:
-    counts = _counts(use, rows, slots, len(measured))
-    expected = expected.expand_as(measured)
+def _note(use: Use, rows: Rows, slots: Tensor | None, moved: Float[Tensor, "token 3"]) -> None:
+    counts = _counts(use, rows, slots, len(moved))
     if counts is not None:
-        measured, expected = measured * counts, expected * counts
+        moved = moved * counts.unsqueeze(-1)
     if slots is None:
-        use.passed += len(measured) if counts is None else counts.sum()
-        use.measured += measured.sum()
-        use.expected += expected.sum()
+        use.passed += len(moved) if counts is None else counts.sum()
+        use.moved += moved.sum(0)
         return
     ones = torch.ones_like(slots) if counts is None else counts.to(slots.dtype)
     use.passed.index_add_(0, slots, ones)
-    use.measured.index_add_(0, slots, measured)
-    use.expected.index_add_(0, slots, expected)
+    use.moved.index_add_(0, slots, moved)
 
 
 def _note_largest(use: Use, rows: Rows, slots: Tensor | None, left: Tensor) -> None:
@@ -396,17 +391,17 @@ def _note_largest(use: Use, rows: Rows, slots: Tensor | None, left: Tensor) -> N
         left = left * counts
     if slots is None:
         use.passed += len(left) if counts is None else counts.sum()
-        torch.maximum(use.measured, left.max(), out=use.measured)
+        torch.maximum(use.left, left.max(), out=use.left)
         return
     ones = torch.ones_like(slots) if counts is None else counts.to(slots.dtype)
     use.passed.index_add_(0, slots, ones)
-    use.measured.scatter_reduce_(0, slots, left, "amax")
+    use.left.scatter_reduce_(0, slots, left, "amax")
 
 
 def _note_tokens(use: Use, slots: Tensor | None, token: Tensor, left: Tensor) -> None:
     own = torch.zeros_like(token) if slots is None else slots[token]
     use.passed.index_add_(0, own, torch.ones_like(own))
-    use.measured.scatter_reduce_(0, own, left, "amax")
+    use.left.scatter_reduce_(0, own, left, "amax")
 
 
 def _device(module: nn.Module) -> torch.device:

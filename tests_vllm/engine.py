@@ -1,7 +1,7 @@
 """Engines of vLLM for a test, one after another in the same process."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.models import registry
 
 from moesteer.engines.vllm_engine import VllmEngine, load_vllm
+from moesteer.profile import Profile
 
 # It looks at each model class in a process of its own, lest CUDA be initialised: seconds apiece.
 registry._run_in_subprocess = lambda look: look()
@@ -47,9 +48,11 @@ def running(model: Path, **arguments: Any) -> Iterator[LLM]:
 
 
 @contextmanager
-def steerable(model: str | Path, **options: Any) -> Iterator[VllmEngine]:
-    """The same as `--engine vllm` starts it."""
-    engine = load_vllm(str(model), dtype="float32", options=SMALL | options)
+def steerable(
+    model: str | Path, profiles: Sequence[Profile] = (), **options: Any
+) -> Iterator[VllmEngine]:
+    """The same as `--engine vllm` starts it, for `profiles`."""
+    engine = load_vllm(str(model), dtype="float32", options=SMALL | options, profiles=profiles)
     try:
         yield engine
     finally:

@@ -319,7 +319,7 @@ def test_each_prompt_token_is_counted_once(
     assert watched.resumed_prompts > 5
     by_worker = engine.llm.collective_rpc("moesteer_collect", args=(keys,))
     for number, key in enumerate(keys):
-        tokens, counts = merged(by_worker, key)
+        tokens, counts, _ = merged(by_worker, key)
         assert tokens == sum(texts[number].target)
         for row, shape in enumerate(engine.facts.layers):
             expected = wanted[number, row, : shape.experts]

@@ -36,5 +36,5 @@ def test_two_workers_say_what_one_says(options: list[str], tmp_path: Path) -> No
     theirs = json.loads(json.dumps(said_by(load_transformers("testbed", dtype="float32"))))
     for what in ("counts", "replies", "obeyed"):
         assert ours[what] == theirs[what], what
-    for what in ("probabilities", "read", "divergence"):
+    for what in ("probabilities", "read", "divergence", "moved"):
         np.testing.assert_allclose(ours[what], theirs[what], atol=2e-4, err_msg=what)

@@ -209,7 +209,8 @@ def test_a_vllm_that_lacks_a_method_is_refused(monkeypatch: pytest.MonkeyPatch) 
         ("profiles", "must be an object"),
         ({"profiles": ["a.safetensors"]}, "must name a file for each"),
         ({"profiles": {"a": 3}}, "must name a file for each"),
-        ({"directions": "yes"}, "must be true or false"),
+        ({"directions": True}, "must be how many vectors"),
+        ({"directions": -1}, "must be how many vectors"),
         ({"profiles": {"a": "missing.safetensors"}}, "there is no such profile file"),
     ],
 )

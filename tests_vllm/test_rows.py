@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moesteer.engines.vllm.directions import Directed, Direction, Site
+from moesteer.direction import Direction
+from moesteer.engines.vllm.directions import Directed
 from moesteer.engines.vllm.payload import payload_of
 from moesteer.engines.vllm.rows import KEPT_RESULTS, Rows
+from moesteer.engines.vllm.stream import Part, Stream
 from moesteer.engines.vllm.tables import Tables
 from moesteer.errors import MoesteerError
 from moesteer.profile import LayerShape, Profile
 
 LAYERS = [LayerShape(1, 6, 2), LayerShape(4, 4, 2)]
 TOKENS, ROWS, HIDDEN = 12, 3, 4
+STREAM = Stream(
+    (Part((1, "input"), nn.Identity()), Part((4, "mlp"), nn.Identity(), routed=True)), {}
+)
 PROFILES = [
     Profile(activated=((1, 5),)),
     Profile(deactivated=((1, 0), (4, 3)), rule="paper"),
@@ -38,8 +43,9 @@ class Kept:
         self.states[key, position] = hidden.item()
 
 
-def make_rows(directed: Directed | None = None) -> Rows:
+def make_rows(*, room: int = 0) -> Rows:
     tables = Tables(LAYERS, ROWS + 1, TOKENS, torch.device("cpu"), static=False)
+    directed = Directed(STREAM, tables, room, HIDDEN) if room else None
     rows = Rows(tables, LAYERS, Kept(), directed)  # pyright: ignore[reportArgumentType]
     for profile in PROFILES:
         rows.load(payload_of(profile))
@@ -301,39 +307,60 @@ def test_a_shorter_batch_leaves_no_row_behind_it() -> None:
 
 def test_steps_without_requests_count_nothing() -> None:
     """A rank that waits for others runs made-up tokens, with the tables of the step before."""
-    rows = make_rows(directed := sites())
-    begin(rows, Running("r", 4, None, "probability", [[0, 4]], []))
+    rows = make_rows(room=2)
+    rows.load(payload_of(DIRECTED))
+    begin(rows, Running("r", 4, None, "probability", [[0, 4]], []), request("d", DIRECTED))
+    assert rows.directed is not None
+    assert rows.directed.rows.any()
     rows.after(None)
     assert not rows.tables.any_probability
-    assert not directed.rows.any()
+    assert not rows.directed.rows.any()
 
 
-def sites() -> Directed:
-    found = [Site(1, "input", nn.Identity()), Site(4, "moe", nn.Identity())]
-    return Directed(found, ROWS + 1, TOKENS, HIDDEN, torch.device("cpu"))
+DIRECTED = Profile(directions=(Direction((1.0,) * HIDDEN, ((4, "mlp"),), coefficient=2.0),))
 
 
 @pytest.mark.parametrize(
     ("window", "held"), [("prompt", [0, 1, 2]), ("generation", [3, 4]), ("all", [0, 1, 2, 3, 4])]
 )
 def test_directions_hold_in_their_window(window: Any, held: list[int]) -> None:
-    rows = make_rows(directed := sites())
-    direction = Direction(4, "moe", "add", (1.0,) * HIDDEN, 2.0)
-    payload = payload_of(Profile(), [direction], window)
-    rows.load(payload)
+    rows = make_rows(room=2)
+    directed = rows.directed
+    assert directed is not None
+    profile = Profile(directions=(replace(DIRECTED.directions[0], window=window),))
+    rows.load(payload_of(profile))
     ours = {
-        "fingerprint": payload["fingerprint"], "key": "k", "count": None, "keep": [], "prompt": 3
+        "fingerprint": profile.fingerprint, "key": "k", "count": None, "keep": [], "prompt": 3
     }  # fmt: skip
     other = request("other", PROFILES[1]).extra_args()
     args = {"other": other, "ours": {"moesteer": ours}}
     rows.begin(["other", "ours"], np.array([2, 5]), np.array([0, 0]), args.get)
-    assert (directed.rows[:7].nonzero().flatten() - 2).tolist() == held
-    row = int(directed.rows[2 + held[0]])
-    assert directed.added[1, row].tolist() == [2.0] * HIDDEN
-    assert not directed.added[0, row].any()
+    hidden = torch.zeros(7, HIDDEN)
+    assert directed.change(0, hidden, None) is hidden
+    changed = directed.change(1, hidden, None)
+    assert (changed == 2).all(-1).nonzero().flatten().tolist() == [2 + at for at in held]
+    assert (changed == 0).all(-1).sum() == 7 - len(held)
+    rows.after(None)
+    length = 2 * HIDDEN**0.5
+    moved = pytest.approx(length * len(held))
+    assert rows.collect(["k"])["k"]["directed"] == [[0, 4, "mlp", len(held), moved, moved, 0.0]]
     rows.forget(["ours"])
     begin(rows, request("next"))  # takes the same row
-    assert not directed.added.any()
+    assert directed.change(1, hidden, None) is hidden
+    assert not directed.rows.any()
+
+
+def test_a_token_that_runs_twice_is_measured_once() -> None:
+    rows = make_rows(room=2)
+    assert rows.directed is not None
+    rows.load(payload_of(DIRECTED))
+    one = request("r", DIRECTED)
+    for tokens in (4, 4, 2):  # preempted after each
+        begin(rows, one, tokens=tokens)
+        assert (rows.directed.change(1, torch.zeros(tokens, HIDDEN), None) == 2).all()
+        rows.after(None)
+        rows.preempt(["r"])
+    assert rows.collect([DIRECTED.fingerprint])[DIRECTED.fingerprint]["directed"][0][3] == 4
 
 
 def test_results_that_nobody_asks_for_are_dropped() -> None:
@@ -371,8 +398,49 @@ def test_a_profile_that_never_came_steers_and_proves_nothing() -> None:
     }
 
 
-def test_two_ablations_at_one_place_are_refused_when_they_are_loaded() -> None:
-    rows = make_rows(sites())
-    one = Direction(4, "moe", "ablate", (1.0,) * HIDDEN)
-    with pytest.raises(MoesteerError, match="two directions are ablated at the moe of layer 4"):
-        rows.load(payload_of(Profile(), [one, one]))
+@pytest.mark.parametrize(
+    ("stream", "direction", "said"),
+    [
+        (
+            STREAM,
+            Direction((1.0,), ((4, "mlp"),)),
+            "has 1 numbers; the model's hidden states have 4",
+        ),
+        (
+            STREAM,
+            Direction((1.0,) * 4, ((4, "attention"),)),
+            "layer 4 of this model has no attention",
+        ),
+        (
+            STREAM,
+            Direction((1.0,) * 4, ((1, "mlp"),), expert=0),
+            "layer 1 of this model has no mlp",
+        ),
+        (
+            Stream((Part((1, "mlp"), nn.Identity()),), {}),
+            Direction((1.0,) * 4, ((1, "mlp"),), expert=0),
+            "layer 1 of this model has no experts",
+        ),
+        (
+            Stream((), {4: "it is scaled"}),
+            Direction((1.0,) * 4, ((4, "mlp"),)),
+            "layer 4 takes no directions in vLLM: it is scaled",
+        ),
+    ],
+)
+def test_directions_without_a_place_are_refused_when_they_are_loaded(
+    stream: Stream, direction: Direction, said: str
+) -> None:
+    rows = make_rows(room=1)
+    rows.directed = Directed(stream, rows.tables, 1, HIDDEN)
+    with pytest.raises(MoesteerError, match=said):
+        rows.load(payload_of(Profile(directions=(direction,))))
+
+
+def test_directions_of_layers_that_another_worker_has_pass() -> None:
+    rows = make_rows(room=1)
+    profile = Profile(directions=(Direction((1.0,) * HIDDEN, ((7, "mlp"),)),))
+    rows.load(payload_of(profile))
+    begin(rows, request("r", profile))
+    rows.after(None)
+    assert rows.collect([profile.fingerprint])[profile.fingerprint]["directed"] == []

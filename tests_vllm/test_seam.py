@@ -127,11 +127,14 @@ def test_the_choice_is_guarded_where_a_profile_promises_it_and_recorded() -> Non
     assert torch.equal(layer.tables.weights[0, :TOKENS], weights)
 
 
-def test_a_router_without_weights_is_recorded_too() -> None:
+def test_directions_of_experts_see_the_logits_before_steering() -> None:
     layer = make_layer()
-    layer.record(None, torch.ones(3, K, dtype=torch.int32))
-    assert layer.tables.weights[0, :3].eq(1).all()
-    assert layer.tables.chosen[0, :3].eq(1).all()
+    layer.tables.steering_rows.fill_(1)
+    seen = []
+    layer.weigh = seen.append
+    z = logits(width=EXPERTS + 2)
+    assert not torch.equal(layer.steer(z), z)
+    assert torch.equal(seen[0], z[:, :EXPERTS])
 
 
 # -- tokens of several ranks ---------------------------------------------------------------------

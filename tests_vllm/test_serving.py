@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,7 +19,9 @@ import openai
 import pytest
 
 from moesteer import testbed
+from moesteer.direction import Direction
 from moesteer.engines.facts import facts_of_checkpoint
+from moesteer.engines.transformers_engine import load_transformers
 from moesteer.errors import MoesteerError
 from moesteer.profile import Profile
 from moesteer.serving.serve import read_admin_key, read_profiles, serve
@@ -29,6 +32,15 @@ ANSWER = "Wipe the lantern with warm water."
 REFUSAL = "I cannot help with that lantern."
 ENGINE = ("--dtype", "float32", "--max-model-len", "256", "--enforce-eager")
 ADMIN = "/v1/moesteer/profiles"
+NAMES = ("refuse", "answer", "moved")
+VECTOR = tuple(random.Random(0).gauss(0, 1) for _ in range(128))
+MOVED = Profile(
+    directions=(
+        Direction(VECTOR, ((1, "input"), (3, "mlp")), "ablate", window="prompt"),
+        Direction(VECTOR, ((2, "input"),), coefficient=4.0, window="generation"),
+        Direction(VECTOR, ((2, "mlp"),), coefficient=2.0, expert=3),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Profile(activated=planted).save(folder / "refuse.safetensors")
     Profile(deactivated=planted).save(folder / "answer.safetensors")
     Profile(activated=planted[:1], rule="paper").save(folder / "paper.safetensors")
+    MOVED.save(folder / "moved.safetensors")
     twin = facts_of_checkpoint("testbed-twin")
     Profile(activated=planted, model=twin).save(folder / "twin.safetensors")
     return folder
@@ -80,7 +93,7 @@ def server(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    profiles = [f"--profile={name}={files / name}.safetensors" for name in ("refuse", "answer")]
+    profiles = [f"--profile={name}={files / name}.safetensors" for name in NAMES]
     options = ["--port", str(port), "--", *ENGINE, "--api-key", API_KEY]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -138,7 +151,7 @@ def proof(files: Path, name: str, file: str | None = None) -> dict[str, str]:
 
 def test_models_are_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [
-        *("testbed", "testbed:refuse", "testbed:answer")
+        *("testbed", "testbed:refuse", "testbed:answer", "testbed:moved")
     ]
     assert client.models.retrieve("testbed:refuse").id == "testbed:refuse"
     with pytest.raises(openai.NotFoundError):
@@ -173,6 +186,33 @@ def test_streams_say_the_same(client: openai.OpenAI, files: Path) -> None:
             chunks = [chunk.choices[0].delta.content or "" for chunk in reply.parse()]
         assert "".join(chunks) == text
         assert len(chunks) > 3
+
+
+def test_directions_do_what_they_do_in_transformers(
+    client: openai.OpenAI, server: Server, files: Path
+) -> None:
+    engine = load_transformers("testbed", dtype="float32")
+    prompt = engine.tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
+    )
+    replies = engine.generate([str(prompt)], MOVED, max_new_tokens=24).replies
+    assert replies != [ANSWER]
+    assert chat(client, "testbed:moved") == (replies, proof(files, "moved"))
+    listed = server.admin("GET", "/moved").json()
+    assert listed["directions"] == [direction.words for direction in MOVED.directions]
+
+
+def test_a_stream_waits_for_the_tokens_that_its_directions_wait_for(
+    client: openai.OpenAI, files: Path
+) -> None:
+    with client.chat.completions.with_streaming_response.create(
+        model="testbed:moved",
+        messages=[{"role": "user", "content": QUESTION}],
+        temperature=0,
+        stream=True,
+    ) as reply:
+        assert told(reply.headers) == proof(files, "moved")
+        assert list(reply.parse())
 
 
 def test_responses_and_completions(client: openai.OpenAI, server: Server, files: Path) -> None:
@@ -231,10 +271,10 @@ def test_a_client_that_leaves_disturbs_nobody(client: openai.OpenAI, files: Path
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({"model": "testbed:nobody"}, "Loaded are: answer, refuse"),
-        ({"moesteer": "x" * 100_000}, "Loaded are: answer, refuse"),
-        ({"moesteer": "../../etc/passwd"}, "Loaded are: answer, refuse"),
-        ({"moesteer": "refuse.safetensors"}, "Loaded are: answer, refuse"),
+        ({"model": "testbed:nobody"}, "Loaded are: answer, moved, refuse"),
+        ({"moesteer": "x" * 100_000}, "Loaded are: answer, moved, refuse"),
+        ({"moesteer": "../../etc/passwd"}, "Loaded are: answer, moved, refuse"),
+        ({"moesteer": "refuse.safetensors"}, "Loaded are: answer, moved, refuse"),
         ({"model": "testbed:answer", "moesteer": "refuse"}, "two profiles"),
         ({"moesteer": {"fingerprint": "0" * 16, "key": "k", "count": None}}, "is an object"),
         ({"moesteer": [[1, 15]]}, "is a list"),
@@ -278,7 +318,7 @@ def test_without_the_admin_key_nothing_is_done(server: Server, files: Path) -> N
         assert server.admin("PUT", "/new", content, key=key).status_code == 401
         assert server.admin("DELETE", "/refuse", key=key).status_code == 401
     names = [entry["name"] for entry in server.admin("GET").json()["data"]]
-    assert names == ["refuse", "answer"]
+    assert names == ["refuse", "answer", "moved"]
 
 
 def test_what_does_not_fit_is_not_loaded(server: Server, files: Path) -> None:
@@ -294,14 +334,23 @@ def test_what_does_not_fit_is_not_loaded(server: Server, files: Path) -> None:
         assert "400 Bad Request" in reply
         assert said in reply
     names = [entry["name"] for entry in server.admin("GET").json()["data"]]
-    assert names == ["refuse", "answer"]
+    assert names == ["refuse", "answer", "moved"]
+
+
+def test_what_vllm_cannot_do_is_not_loaded(server: Server, tmp_path: Path) -> None:
+    ablated = Profile(directions=(Direction(VECTOR, ((2, "mlp"),), "ablate", expert=3),))
+    ablated.save(tmp_path / "ablated")
+    put = server.admin("PUT", "/ablated", (tmp_path / "ablated").read_bytes())
+    assert (put.status_code, "fused kernels" in put.text) == (400, True)
+    with pytest.raises(MoesteerError, match="fused kernels"):
+        serve("testbed", [f"a={tmp_path / 'ablated'}"], [], host="127.0.0.1", port=0)
 
 
 def test_an_upload_that_breaks_off_loads_nothing(server: Server, files: Path) -> None:
     content = (files / "paper.safetensors").read_bytes()
     assert raw_put(server, f"{ADMIN}/half", content[:100], length=len(content)) == ""
     names = [entry["name"] for entry in server.admin("GET").json()["data"]]
-    assert names == ["refuse", "answer"]
+    assert names == ["refuse", "answer", "moved"]
 
 
 def raw_put(server: Server, path: str, content: bytes, length: int | None = None) -> str:

@@ -7,6 +7,7 @@ is kept in: `profile_file.py`.
 import json
 import warnings
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
@@ -187,7 +188,7 @@ class Profile:
         layers = [max(0, layer - (place == "input")) for layer, place in sites]
         return min((*self.steered_layers[:1], *layers), default=None)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that are equal exactly where two profiles do the same to a model."""
         does = {

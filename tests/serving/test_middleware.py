@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from moesteer.direction import Direction
 from moesteer.profile import LayerShape, ModelFacts, Profile
 from moesteer.serving.asgi import Message
 from moesteer.serving.middleware import Middleware
@@ -21,6 +22,15 @@ LAYERS = tuple(LayerShape(layer, 8, 2) for layer in range(3))
 FACTS = ModelFacts("tiny", None, "tiny", "c0ffee", "70ce", "softmax", LAYERS)
 POLITE = Profile(activated=((0, 1),), deactivated=((2, 5),), name="polite")
 RUDE = Profile(deactivated=((1, 3),), name="rude")
+MOVED = Profile(
+    directions=(
+        Direction((3.0, 4.0), ((0, "mlp"), (2, "input"))),
+        Direction((1.0, 0.0), ((1, "input"),), "ablate", window="generation"),
+    ),
+    name="moved",
+)
+FIRST = [[0, 0, "mlp", 7, 35.0, 35.0, 0.0], [0, 2, "input", 7, 34.9, 35.0, 0.0]]
+THEN = [[1, 1, "input", 3, 0.0, 0.0, 0.001]]
 CHAT = "/v1/chat/completions"
 ADMIN = "/v1/moesteer/profiles"
 KEY = {"authorization": "Bearer admin key"}
@@ -30,13 +40,14 @@ KEY = {"authorization": "Bearer admin key"}
 class Stub:
     """A server whose app tells what arrived, and whose workers count as they are told to.
 
-    `workers` are the layers that each has; `evidence` makes a worker's count of a profile.
+    `workers` are the layers that each has; `directed` is what they measured of directions.
     `stream` are the chunks of a reply; a token passes before the chunk of number `token_at`.
     """
 
     workers: list[list[int]] = field(default_factory=lambda: [[0, 1, 2]])
     engines: int = 1
     fault: str | None = None
+    directed: list[list[Any]] = field(default_factory=list)
     stream: list[bytes] | None = None
     token_at: int = 0
     status: int = 200
@@ -102,7 +113,8 @@ class Stub:
                 selected[layer][expert] = 7
             for expert in deactivated:
                 selected[layer][expert] = 1 if self.fault == "disobeyed" else 0
-        return {"tokens": 7, "selected": selected}
+        directed = [told for told in self.directed if told[1] in layers]
+        return {"tokens": 7, "selected": selected, "directed": directed}
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -430,6 +442,47 @@ def test_a_stream_starts_with_the_first_chunk_that_has_proof(token_at: int) -> N
     asked = [given for name, given in stub.calls if name == "moesteer_collect"]
     # Once a chunk until there is proof, and once for the rest, unless there is none.
     assert len(asked) == token_at + (1 if token_at == 3 else 2)
+
+
+@pytest.mark.parametrize("workers", [[[0, 1, 2]], [[0, 1], [2]]])
+@pytest.mark.parametrize(
+    ("directed", "fired", "said"),
+    [
+        (FIRST + THEN, "true", ""),
+        (FIRST, "false", "no token of its window passed"),
+        (FIRST[1:] + THEN, "false", "at the mlp of layer 0: no token"),
+        ([[0, 0, "mlp", 7, 7.0, 35.0, 0.0], FIRST[1], *THEN], "false", "moved by 1 along it, not"),
+    ],
+)
+def test_directions_are_proved_by_how_far_tokens_moved(
+    workers: list[list[int]],
+    directed: list,
+    fired: str,
+    said: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stub = Stub(workers=workers, directed=directed)
+    stub.setup.profiles["moved"] = MOVED
+    assert stub.ask(body={"model": "tiny:moved"}).moesteer["fired"] == fired
+    assert said in caplog.text
+
+
+def test_a_stream_waits_for_the_windows_of_its_directions() -> None:
+    stub = Stub(stream=[b"a", b"b", b"c", b"d"], directed=FIRST)
+    stub.setup.profiles["moved"] = MOVED
+    collected = stub._call
+
+    async def further(method: str, *args: Any) -> Any:
+        result = await collected(method, *args)
+        if args[0] == "moesteer_collect" and stub.directed == FIRST:
+            stub.directed = THEN  # what passes after the first token
+            stub.waiting[args[2][0][0]] = MOVED
+        return result
+
+    stub.state.engine_client.engine_core.call_utility_all_async = further
+    assert stub.ask(body={"model": "tiny:moved", "stream": True}).moesteer["fired"] == "true"
+    asked = [given for name, given in stub.calls if name == "moesteer_collect"]
+    assert len(asked) == 3  # after each of two tokens, and once for the rest
 
 
 def test_a_stream_that_stops_obeying_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -38,7 +38,7 @@ class DirectionEvidence:
 
     Added: how far the tokens moved along it, on average, `measured` and `expected`, in the stream's
     units; `rounding` is how much of that the numbers' precision may swallow. Ablated: the largest
-    share of a token's norm that is left along it, and 0.
+    share of a token's norm that is left along it, and 0. `number`: which direction of the profile.
     """
 
     profile: str
@@ -50,6 +50,7 @@ class DirectionEvidence:
     measured: float
     expected: float
     rounding: float = 0.0
+    number: int = 0
 
     @property
     def obeyed(self) -> bool:
@@ -58,6 +59,14 @@ class DirectionEvidence:
             return self.measured <= LEFT_OVER
         allowed = MOVED * abs(self.expected) + self.rounding
         return abs(self.measured - self.expected) <= allowed
+
+
+def rounding_share(epsilon: float, hidden: int) -> float:
+    """How much of a token's norm rounding may move it along a line, in numbers of this precision.
+
+    Each of the `hidden` numbers is off by up to half of `epsilon`, independently of the others.
+    """
+    return epsilon / 2 / hidden**0.5
 
 
 LEFT_OVER = 0.02
@@ -99,7 +108,7 @@ def summed(
     total: dict[tuple, Any] = {}
     for seen in evidence:
         if isinstance(seen, DirectionEvidence):
-            key = (seen.profile, seen.layer, seen.place, seen.expert, seen.operation)
+            key = (seen.profile, seen.number, seen.layer, seen.place, seen.expert, seen.operation)
             total[key] = _both(total.get(key), seen)
             continue
         key = (seen.profile, seen.layer, tuple(seen.activated), tuple(seen.deactivated))

@@ -1,30 +1,40 @@
 """The vLLM engine: the same profiles on a stock vLLM, each request of a batch by its own.
 
 Everything that happens inside vLLM's processes is in `moesteer.engines.vllm`; this is the side of
-the caller. Gradients can't be had from vLLM, so `gate_gradients` is refused.
+the caller. Gradients can't be had from vLLM, nor what its layers and experts put out, so whatever
+asks for these is refused.
 """
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 
 from moesteer.chat import TokenisedConversation
-from moesteer.engines.base import Counted, Generation
+from moesteer.engines.base import Contributions, Counted, Generation
 from moesteer.engines.checkpoint import read_tokenizer, resolve
-from moesteer.engines.evidence import LayerEvidence, check_fired
+from moesteer.engines.evidence import DirectionEvidence, LayerEvidence, check_fired
 from moesteer.engines.facts import facts_of_checkpoint
 from moesteer.engines.prompts import check_lengths, one_each
 from moesteer.engines.readouts import Readout, check_readouts, mean_log_probability
 from moesteer.engines.vllm import names_of, send_profile
-from moesteer.engines.vllm.collected import check_described, evidence_of, merged
+from moesteer.engines.vllm.collected import (
+    Moves,
+    check_described,
+    directions_of,
+    evidence_of,
+    layers_of,
+    merged,
+    plus,
+)
+from moesteer.engines.vllm.directions import room_for
 from moesteer.engines.vllm.names import COUNT, EVIDENCE_KEY, KEEP
 from moesteer.engines.vllm.rows import KEPT_RESULTS
-from moesteer.engines.vllm.settings import KEY
+from moesteer.engines.vllm.settings import KEY, with_room
 from moesteer.errors import DidNotFire, MoesteerError
 from moesteer.profile import ModelFacts, Profile, check_model
 from moesteer.records import first_line
@@ -71,11 +81,11 @@ class VllmEngine:
         self._prefill([c.ids for c in conversations], asked)
         by_worker = self.llm.collective_rpc("moesteer_collect", args=(keys,))
         layers = self.facts.layers
-        widest = max(shape.experts for shape in layers)
+        widest = max((shape.experts for shape in layers), default=0)
         dtype = np.float32 if counted == "probability" else np.int64
         result = np.zeros((len(conversations), len(layers), widest), dtype=dtype)
         for number, (key, conversation) in enumerate(zip(keys, conversations, strict=True)):
-            tokens, counts = merged(by_worker, key)
+            tokens, counts, _ = merged(by_worker, key)
             if tokens != sum(conversation.target):
                 raise MoesteerError(
                     f"conversation {number + 1} has {sum(conversation.target)} target tokens, but"
@@ -100,19 +110,19 @@ class VllmEngine:
         from vllm import SamplingParams
 
         by_prompt = one_each(profiles, len(prompts))
-        distinct = {id(p): p for p in by_prompt if p is not None and p.steered_layers}
+        distinct = {id(p): p for p in by_prompt if p is not None and p.steers}
         for profile in {id(p): p for p in by_prompt if p is not None}.values():
             check_model(profile, self.facts)
         encoded = [self.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
         check_lengths(encoded, max_new_tokens, self.max_tokens)
-        keys = self._keys(distinct)
+        asked = self._asked(distinct)
         params = [
             SamplingParams(
                 max_tokens=max_new_tokens,
                 temperature=temperature,
                 seed=None if temperature == 0 else seed + number,
                 detokenize=False,
-                extra_args=_steered_by(profile, keys.get(id(profile))),
+                extra_args=asked.get(id(profile)),
             )
             for number, profile in enumerate(by_prompt)
         ]
@@ -121,7 +131,7 @@ class VllmEngine:
             self.tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
             for output in outputs
         ]
-        evidence = self._evidence(distinct, keys)
+        evidence = self._evidence(distinct, asked)
         return Generation(replies, evidence)
 
     def read(
@@ -175,6 +185,30 @@ class VllmEngine:
         ends = np.cumsum([len(text.terms) for text in texts])
         return np.array([part.mean() for part in np.split(found, ends[:-1])])
 
+    def residuals(
+        self, texts: Sequence[Sequence[int]], last: int
+    ) -> Float[np.ndarray, "text layer position hidden"]:
+        """Not to be had from vLLM: raises MoesteerError."""
+        raise _inside("what enters each layer")
+
+    def forced_outputs(
+        self, texts: Sequence[Sequence[int]], layer: int, last: int
+    ) -> Float[np.ndarray, "text expert position hidden"]:
+        """Not to be had from vLLM: raises MoesteerError."""
+        raise _inside("what experts put out")
+
+    def own_outputs(
+        self, texts: Sequence[Sequence[int]], layer: int, last: int
+    ) -> tuple[Float[np.ndarray, "text expert hidden"], Int[np.ndarray, "text expert"]]:
+        """Not to be had from vLLM: raises MoesteerError."""
+        raise _inside("what experts put out")
+
+    def contributions(
+        self, texts: Sequence[Sequence[int]], last: int, vector: Sequence[float]
+    ) -> Contributions:
+        """Not to be had from vLLM: raises MoesteerError."""
+        raise _inside("what each part writes to the residual stream")
+
     def _check(self, readouts: Sequence[Readout], profiles: Sequence[Profile | None]) -> None:
         longest = None if self.max_tokens is None else self.max_tokens - 1  # vLLM adds a token
         vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
@@ -193,25 +227,30 @@ class VllmEngine:
         Raises DidNotFire where the profile is not proved to have steered.
         """
         call = next(self._calls)
-        steering = profile if profile is not None and profile.steered_layers else None
-        if steering is not None:
-            self._load(steering)
+        steering = profile if profile is not None and profile.steers else None
+        named = {} if steering is None else {KEY: self._load(steering)}
         keys = [f"kept-{call}-{number}" for number in range(len(texts))]
         asked = [
             {
                 EVIDENCE_KEY: key,
                 KEEP: sorted({term.position for term in text.terms}),
-                **({} if steering is None else {KEY: steering.fingerprint}),
+                **named,
             }
             for key, text in zip(keys, texts, strict=True)
         ]
+        moves: Moves = {}
         for start in range(0, len(texts), KEPT_RESULTS):
             part = slice(start, start + KEPT_RESULTS)
             self._prefill([text.ids for text in texts[part]], asked[part], progress)
             by_worker = self.llm.collective_rpc("moesteer_collect", args=(keys[part],))
-            if steering is not None:
-                for key in keys[part]:
-                    check_fired(steering, evidence_of(steering, *merged(by_worker, key)))
+            if steering is None:
+                continue
+            for key in keys[part]:
+                tokens, counts, moved = merged(by_worker, key)
+                check_fired(steering, layers_of(steering, tokens, counts))
+                moves = plus(moves, moved)  # together: not each text has tokens in each window
+        if steering is not None:
+            check_fired(steering, directions_of(steering, moves))
         return keys
 
     def _prefill(
@@ -256,32 +295,37 @@ class VllmEngine:
             raise
         return sorted(finished, key=lambda output: int(output.request_id))  # as they were started
 
-    def _keys(self, distinct: Mapping[int, Profile]) -> dict[int, str]:
-        """A key for what each profile does in one call; the workers know the profiles then."""
+    def _asked(self, distinct: Mapping[int, Profile]) -> dict[int, dict[str, str]]:
+        """What requests say to run under each profile, and the key of its evidence in one call."""
         call = next(self._calls)
-        for profile in distinct.values():
-            self._load(profile)
-        return {which: f"run-{call}-{number}" for number, which in enumerate(distinct)}
+        return {
+            which: {KEY: self._load(profile), EVIDENCE_KEY: f"run-{call}-{number}"}
+            for number, (which, profile) in enumerate(distinct.items())
+        }
 
     def _evidence(
-        self, distinct: Mapping[int, Profile], keys: Mapping[int, str]
-    ) -> list[LayerEvidence]:
+        self, distinct: Mapping[int, Profile], asked: Mapping[int, dict[str, str]]
+    ) -> list[LayerEvidence | DirectionEvidence]:
         """What each profile did under its key; DidNotFire where that proves nothing."""
         if not distinct:
             return []
-        by_worker = self.llm.collective_rpc("moesteer_collect", args=(list(keys.values()),))
+        keys = [asked[which][EVIDENCE_KEY] for which in distinct]
+        by_worker = self.llm.collective_rpc("moesteer_collect", args=(keys,))
         evidence = []
-        for which, profile in distinct.items():
-            seen = evidence_of(profile, *merged(by_worker, keys[which]))
+        for key, profile in zip(keys, distinct.values(), strict=True):
+            seen = evidence_of(profile, *merged(by_worker, key))
             check_fired(profile, seen)
             evidence += seen
         return evidence
 
-    def _load(self, profile: Profile) -> None:
-        if profile.fingerprint not in self._loaded:
+    def _load(self, profile: Profile) -> str:
+        """The name by which requests ask for the profile; the workers know it then."""
+        name = profile.fingerprint
+        if name not in self._loaded:
             send_profile(self.llm, profile)
-            self._names.add(profile.fingerprint, profile)
-            self._loaded.add(profile.fingerprint)
+            self._names.add(name, profile)
+            self._loaded.add(name)
+        return name
 
     def _first(self, call: str, asked: list[tuple]) -> list[float]:
         """The answer of the worker that has the LM head."""
@@ -300,12 +344,14 @@ def load_vllm(
     dtype: str = "auto",
     chat_template: str | None = None,
     options: Mapping[str, Any] | None = None,
+    profiles: Iterable[Profile] = (),
 ) -> VllmEngine:
     """Start vLLM on a model by its name on the Hub, a folder, or `testbed`.
 
     `options` are vLLM's own engine arguments; on a CPU, `ON_CPU` holds otherwise. With dtype auto
-    the model runs in the dtype of its weights, as in transformers. Raises MoesteerError where vLLM
-    is not installed, does not start, or can't be steered.
+    the model runs in the dtype of its weights, as in transformers. Of `profiles`, those that the
+    engine is for, it is only asked whether they have directions: then it is started with room for
+    them. Raises MoesteerError where vLLM is not installed, does not start, or can't be steered.
     """
     try:
         import vllm
@@ -317,8 +363,11 @@ def load_vllm(
     from vllm import EngineArgs
     from vllm.platforms import current_platform
 
+    room = room_for(profiles)
     path = resolve(model)
-    facts = facts_of_checkpoint(model, revision=revision, chat_template=chat_template)
+    facts = facts_of_checkpoint(
+        model, revision=revision, chat_template=chat_template, dense=room > 0
+    )
     if dtype != "auto":
         facts = replace(facts, dtype=dtype)
     arguments: dict[str, Any] = {
@@ -329,6 +378,8 @@ def load_vllm(
     if current_platform.is_cpu():
         arguments |= ON_CPU
     arguments |= dict(options or {})
+    if room:
+        arguments["additional_config"] = with_room(arguments.get("additional_config"), room)
     known = {field.name for field in fields(EngineArgs)}
     for name in sorted(set(arguments) - known):
         raise MoesteerError(f"vLLM {vllm.__version__} has no engine argument {name}.")
@@ -345,10 +396,8 @@ def load_vllm(
     return VllmEngine(llm, read_tokenizer(path, revision, chat_template), facts)
 
 
-def _steered_by(profile: Profile | None, key: str | None) -> dict[str, str] | None:
-    if profile is None or key is None:
-        return None
-    return {KEY: profile.fingerprint, EVIDENCE_KEY: key}
+def _inside(what: str) -> MoesteerError:
+    return MoesteerError(f"vLLM does not show {what}; use --engine transformers for it.")
 
 
 def _spans(target: Sequence[bool]) -> list[list[int]]:

@@ -127,6 +127,7 @@ def describe(name: str, profile: Profile) -> dict[str, Any]:
         "deactivated": [list(expert) for expert in profile.deactivated],
         "rule": profile.rule,
         "dose": profile.dose,
+        "directions": [direction.words for direction in profile.directions],
         "toward": profile.toward,
     }
 

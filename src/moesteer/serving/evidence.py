@@ -1,6 +1,7 @@
 """What the workers counted of one request, and whether it proves that its profile fired.
 
-Each steered request has a random key, under which the workers keep what its tokens selected. What
+Each steered request has a random key, under which the workers keep what its tokens selected, and
+how far they moved along directions. What
 the workers of one engine say is put together by `merged`. The parts of a request (n > 1) may run in
 several engines, where there is data parallelism: those are added up.
 """
@@ -11,24 +12,33 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moesteer.engines.evidence import check_fired
-from moesteer.engines.vllm.collected import Counts, evidence_of, merged
+from moesteer.engines.vllm.collected import (
+    Counts,
+    Moves,
+    directions_of,
+    evidence_of,
+    merged,
+    plus,
+)
 from moesteer.errors import DidNotFire
 from moesteer.profile import Profile
 
 
 @dataclass(frozen=True)
 class Count:
-    """`tokens` of a request passed the routers; `selected` says by layer how many chose each."""
+    """`tokens` of a request passed the routers; `selected` says by layer how many chose each,
+    `moves` what its directions did."""
 
     tokens: int = 0
     selected: Counts = field(default_factory=dict)
+    moves: Moves = field(default_factory=dict)
 
     def __add__(self, other: "Count") -> "Count":
         selected = dict(self.selected)
         for layer, counts in other.selected.items():
             before = selected.get(layer, [0] * len(counts))
             selected[layer] = [a + b for a, b in zip(before, counts, strict=True)]
-        return Count(self.tokens + other.tokens, selected)
+        return Count(self.tokens + other.tokens, selected, plus(self.moves, other.moves))
 
 
 class Workers:
@@ -92,7 +102,12 @@ def why_not_fired(profile: Profile, count: Count) -> str | None:
     if not count.tokens:
         return f"{profile.name}: no token of the request was counted."
     try:
-        check_fired(profile, evidence_of(profile, count.tokens, count.selected))
+        check_fired(profile, evidence_of(profile, count.tokens, count.selected, count.moves))
     except DidNotFire as failure:
         return str(failure)
     return None
+
+
+def is_telling(profile: Profile, count: Count) -> bool:
+    """Whether there are tokens to go by: some, and some in the window of each direction."""
+    return count.tokens > 0 and all(seen.tokens for seen in directions_of(profile, count.moves))

@@ -2,7 +2,8 @@
 
 Headers come first, so the start of a reply waits: for the whole of a plain one, which is sent when
 it is complete, and for the first chunk of a stream that comes after a token has passed the model
-(some streams begin with chunks that only say that they begin). The rest of a stream is looked at
+(some streams begin with chunks that only say that they begin, and some directions wait for tokens
+that the model has written). The rest of a stream is looked at
 when it has ended; where it tells against the profile, the log says so.
 """
 
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from moesteer.profile import Profile
 from moesteer.serving.asgi import Message, Receive, Send
-from moesteer.serving.evidence import Collector, Count, why_not_fired
+from moesteer.serving.evidence import Collector, Count, is_telling, why_not_fired
 
 HEADERS = ("x-moesteer-profile", "x-moesteer-fingerprint", "x-moesteer-fired")
 
@@ -93,7 +94,8 @@ class ProvedReply:
             self._count += await self._collector.collect(self._request.key)
         except Exception as failure:  # a reply without proof is better than none
             return True, f"The workers gave no evidence: {failure!r}"
-        return self._count.tokens > 0, why_not_fired(self._request.profile, self._count)
+        profile = self._request.profile
+        return is_telling(profile, self._count), why_not_fired(profile, self._count)
 
     async def _look_again(self) -> None:
         _, problem = await self._look()

@@ -14,7 +14,9 @@ from typing import Any
 
 from moesteer.engines.checkpoint import BUNDLED, resolve
 from moesteer.engines.facts import facts_of_checkpoint
+from moesteer.engines.vllm.directions import room_for
 from moesteer.engines.vllm.names import NAME, NAME_RULE
+from moesteer.engines.vllm.settings import with_room
 from moesteer.engines.vllm_engine import ON_CPU
 from moesteer.errors import MoesteerError
 from moesteer.profile import ModelFacts, Profile, check_model
@@ -46,11 +48,14 @@ def serve(
     if not 0 <= port <= 65535:
         raise MoesteerError(f"--port is {port}; it must be from 0 to 65535.")
     named = read_profiles(profiles)
+    room = room_for(named.values())
     admin_key = read_admin_key(admin_key_file)
     args = parse(["--host", host, "--port", str(port), *vllm_options], model)
     facts = check_profiles(named, model, args)
     setup = Setup(named, facts, admin_key)
     check_args(args, setup)
+    if room:
+        args.additional_config = with_room(args.additional_config, room)
     args.middleware = [MIDDLEWARE, *args.middleware]
     setattr(args, ATTRIBUTE, setup)
     os.environ["MOESTEER_APART"] = "1"  # Ctrl-C is for the server, which ends its engine in order
@@ -97,7 +102,8 @@ def check_profiles(named: dict[str, Profile], model: str, args: Namespace) -> Mo
     from vllm.renderers.chat_utils import load_chat_template
 
     template = load_chat_template(args.chat_template)
-    facts = facts_of_checkpoint(model, revision=args.revision, chat_template=template)
+    dense = room_for(named.values()) > 0  # a direction needs no experts
+    facts = facts_of_checkpoint(model, revision=args.revision, chat_template=template, dense=dense)
     for profile in named.values():
         check_model(profile, facts)
     return facts

@@ -37,7 +37,7 @@ class Shelf:
         refused = next((reason for workers in engines for reason in workers if reason), None)
         if refused is not None:
             raise MoesteerError(f"the engine can't be steered: {refused}")
-        self._names.add(profile.fingerprint, replace(profile, scores=None))
+        self._names.add(profile.fingerprint, replace(profile, scores=None, candidates=None))
         self._profiles[name] = profile
 
     def remove(self, name: str) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moesteer.direction import Direction, Site, Window
-from moesteer.engines.evidence import DirectionEvidence
+from moesteer.engines.evidence import DirectionEvidence, rounding_share
 from moesteer.engines.transformers.routers import MoELayer, selection
 from moesteer.engines.transformers.seam import Rows, Undo, observe_logits
 from moesteer.engines.transformers.stream import Stream
@@ -184,8 +184,8 @@ class DirectedSite:
         y = hidden.reshape(-1, hidden.shape[-1]).float()
         slots = rows.of_tokens(len(y), y.device)
         if self.added and adds:
-            # Independent errors of half a last place a number, seen along a unit vector.
-            lost = torch.finfo(hidden.dtype).eps / 2 / y.shape[-1] ** 0.5 * y.norm(dim=-1)
+            share = rounding_share(torch.finfo(hidden.dtype).eps, y.shape[-1])
+            lost = share * y.norm(dim=-1)
             moved = y - self.before
             for use in self.added:
                 unit = _of(use.unit, slots)
@@ -252,6 +252,7 @@ class DirectedSite:
                     direction.operation,
                     tokens,
                     *((float(use.left[slot]), 0.0, 0.0) if ablates else mean),
+                    number=_number(profiles[slot], direction),
                 )
                 found.append((profiles[slot], seen))
         return found
@@ -297,6 +298,10 @@ def _needs(direction: Direction, site: Site) -> bool:
     """Whether the site must be there. A line that is to leave every write leaves those there are:
     layers of hybrid models are attention or a feed-forward part alone."""
     return site in direction.sites and (direction.operation == "add" or len(direction.sites) == 1)
+
+
+def _number(profile: Profile, direction: Direction) -> int:
+    return next(n for n, own in enumerate(profile.directions) if own is direction)
 
 
 def first_argument(args: tuple, kwargs: dict) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moesteer.errors import MoesteerError
 
 if TYPE_CHECKING:
-    from moesteer.engines.evidence import LayerEvidence
+    from moesteer.engines.evidence import DirectionEvidence, LayerEvidence
     from moesteer.engines.vllm.names import Names
     from moesteer.profile import ModelFacts, Profile
 
@@ -49,7 +49,7 @@ def profiles(llm: Any) -> "dict[str, Profile]":
     return dict(names_of(llm).profiles)
 
 
-def evidence(llm: Any, name: str) -> "list[LayerEvidence]":
+def evidence(llm: Any, name: str) -> "list[LayerEvidence | DirectionEvidence]":
     """What a profile did since it was loaded, or since this was last asked."""
     from moesteer.engines.vllm.collected import evidence_of, merged
 
@@ -97,7 +97,7 @@ def _facts_of(llm: Any) -> "ModelFacts":
         from moesteer.engines.facts import facts_of_checkpoint
 
         config = llm.llm_engine.model_config
-        names.facts = facts_of_checkpoint(config.model, revision=config.revision)
+        names.facts = facts_of_checkpoint(config.model, revision=config.revision, dense=True)
     return names.facts
 
 

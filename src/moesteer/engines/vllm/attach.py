@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesteer.engines.vllm.directions import Directed, attach_directions, find_sites
+from moesteer.engines.vllm.directions import Directed
 from moesteer.engines.vllm.guarded_selection import Selection, is_known
+from moesteer.engines.vllm.hooks import attach_directions
 from moesteer.engines.vllm.readings import Readings
 from moesteer.engines.vllm.rows import Rows
 from moesteer.engines.vllm.seam import RoutedLayer, guarded_routing
-from moesteer.engines.vllm.settings import settings_of
+from moesteer.engines.vllm.stream import find_stream
 from moesteer.engines.vllm.tables import Tables
 from moesteer.errors import MoesteerError
 from moesteer.profile import LayerShape
@@ -28,10 +29,14 @@ SALTLESS = ("ExampleConnector", "HF3FSKVConnector", "LMCacheConnectorV1")
 """KV connectors whose keys are the tokens alone, so that profiles would share what they store."""
 
 
-def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> Rows:
-    """Put each routed layer of the model under the seam; MoesteerError with the reason if not."""
+def attach(model: nn.Module, vllm_config: Any, device: torch.device, room: int) -> Rows:
+    """Put each routed layer of the model under the seam; MoesteerError with the reason if not.
+
+    `room`: for how many vectors of a profile's directions; where there is none, the stream is left
+    alone. A model without experts can have directions only.
+    """
     check_config(vllm_config)
-    runners = find_runners(model)
+    runners = find_runners(model, dense=room > 0)
     shapes = [_shape(runner) for runner in runners]
     selections = [_selection(runner, shape) for runner, shape in zip(runners, shapes, strict=True)]
     for runner, shape, selection in zip(runners, shapes, selections, strict=True):
@@ -45,19 +50,21 @@ def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> Rows:
         device,
         static=is_static(vllm_config),
     )
+    layers = []
     for number, (runner, shape, selection) in enumerate(
         zip(runners, shapes, selections, strict=True)
     ):
         layer = RoutedLayer(number, shape, tables, selection)
+        layers.append(layer)
         runner.__dict__["moesteer_layer"] = layer
         runner.router._compute_routing = guarded_routing(runner.router._compute_routing, layer)
     readings = Readings(model, vllm_config.model_config.get_vocab_size())
     directed = None
-    if settings_of(vllm_config).directions:
-        hidden = vllm_config.model_config.get_hidden_size()
-        sizes = (tables.tokens.shape[0], tables.steering_rows.shape[0], hidden)
-        directed = Directed(find_sites(model), *sizes, device)
-        attach_directions(directed)
+    if room:
+        config = vllm_config.model_config
+        hidden = config.get_hidden_size()
+        directed = Directed(find_stream(model, hidden, config.dtype), tables, room, hidden)
+        attach_directions(directed, layers)
     return Rows(tables, shapes, readings, directed)
 
 
@@ -105,8 +112,8 @@ def _kv_connectors(config: Any) -> set[str]:
     return {config.kv_connector, *(one.get("kv_connector") for one in inner)} - {None}
 
 
-def find_runners(model: nn.Module) -> list[Any]:
-    """The model's routed layers, in layer order."""
+def find_runners(model: nn.Module, *, dense: bool = False) -> list[Any]:
+    """The model's routed layers, in layer order; none only where a `dense` model will do."""
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
     name = type(model).__name__
@@ -116,7 +123,7 @@ def find_runners(model: nn.Module) -> list[Any]:
             " are chosen already. Use a model that vLLM implements itself."
         )
     runners = [module for module in model.modules() if isinstance(module, MoERunner)]
-    if not runners:
+    if not runners and not dense:
         raise MoesteerError(
             f"{name} has no layer that routes through vLLM's MoERunner: it is not a"
             " Mixture-of-Experts model, or its class routes in its own way."

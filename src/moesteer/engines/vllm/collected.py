@@ -5,14 +5,41 @@ different layers.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from moesteer.engines.evidence import LayerEvidence
+from moesteer.engines.evidence import DirectionEvidence, LayerEvidence
 from moesteer.errors import MoesteerError
 from moesteer.profile import ModelFacts, Profile
 
 Counts = Mapping[int, Sequence[float]]
 """By layer, how many tokens chose each expert (or the sum of its probability)."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a direction did at a site: how far its tokens moved along it, should have, and what
+    rounding may swallow of it, summed over them; the largest share of a token's norm that an
+    ablation left."""
+
+    tokens: int = 0
+    moved: float = 0.0
+    expected: float = 0.0
+    rounding: float = 0.0
+    left: float = 0.0
+
+    def __add__(self, other: "Move") -> "Move":
+        return Move(
+            self.tokens + other.tokens,
+            self.moved + other.moved,
+            self.expected + other.expected,
+            self.rounding + other.rounding,
+            max(self.left, other.left),
+        )
+
+
+Moves = Mapping[tuple[int, int, str], Move]
+"""By direction, layer and place."""
 
 
 def check_described(workers: Sequence[Mapping[str, Any]], facts: ModelFacts) -> None:
@@ -32,23 +59,32 @@ def check_described(workers: Sequence[Mapping[str, Any]], facts: ModelFacts) -> 
         )
 
 
-def merged(by_worker: Sequence[Mapping[str, Any]], key: str) -> tuple[int, Counts]:
-    """Tokens, and counts of all layers, under one key; no tokens where nobody counted."""
-    tokens, counts = 0, {}
+def merged(by_worker: Sequence[Mapping[str, Any]], key: str) -> tuple[int, Counts, Moves]:
+    """Tokens, counts and moves of all layers, under one key; no tokens where nobody counted."""
+    tokens, counts, moves = 0, {}, {}
     for found in by_worker:
         if key in found:
             tokens = found[key]["tokens"]
             counts |= {int(layer): values for layer, values in found[key]["selected"].items()}
-    return tokens, counts
+            for number, layer, place, *seen in found[key]["directed"]:
+                moves[number, layer, place] = Move(*seen)
+    return tokens, counts, moves
 
 
-def evidence_of(profile: Profile, tokens: int, counts: Counts) -> list[LayerEvidence]:
-    """What the counts say of each layer that the profile steers.
+def evidence_of(
+    profile: Profile, tokens: int, counts: Counts, moves: Moves
+) -> list[LayerEvidence | DirectionEvidence]:
+    """What the workers say of each layer that the profile steers, and of each direction's sites.
 
     `tokens` are those that were run, as the worker's schedule has it. A layer whose router recorded
     fewer choices than that has proved nothing, not even that it left an expert out.
     """
-    found = []
+    return [*layers_of(profile, tokens, counts), *directions_of(profile, moves)]
+
+
+def layers_of(profile: Profile, tokens: int, counts: Counts) -> list[LayerEvidence]:
+    """Of the layers whose experts are steered."""
+    found: list[LayerEvidence] = []
     for layer in profile.steered_layers:
         selected = counts.get(layer)
         activated, deactivated = profile.experts_of(layer)
@@ -62,3 +98,33 @@ def evidence_of(profile: Profile, tokens: int, counts: Counts) -> list[LayerEvid
             )
         )
     return found
+
+
+def directions_of(profile: Profile, moves: Moves) -> list[DirectionEvidence]:
+    """Of the sites of directions; one that nobody speaks of has seen no token."""
+    found: list[DirectionEvidence] = []
+    for number, direction in enumerate(profile.directions):
+        for layer, place in direction.sites:
+            seen = moves.get((number, layer, place), Move())
+            tokens_moved = max(seen.tokens, 1)
+            added = direction.operation == "add"
+            found.append(
+                DirectionEvidence(
+                    profile.name,
+                    layer,
+                    place,
+                    direction.expert,
+                    direction.operation,
+                    seen.tokens,
+                    seen.moved / tokens_moved if added else seen.left,
+                    seen.expected / tokens_moved,
+                    seen.rounding / tokens_moved,
+                    number,
+                )
+            )
+    return found
+
+
+def plus(one: Moves, other: Moves) -> Moves:
+    """Moves of two requests, or of two parts of one, put together."""
+    return {key: one.get(key, Move()) + other.get(key, Move()) for key in {**one, **other}}

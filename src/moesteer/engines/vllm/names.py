@@ -44,7 +44,7 @@ class Names:
             from moesteer.engines.facts import facts_of_checkpoint
 
             model = vllm_config.model_config
-            names.facts = facts_of_checkpoint(model.model, revision=model.revision)
+            names.facts = facts_of_checkpoint(model.model, revision=model.revision, dense=True)
             for name, path in files.items():
                 profile = Profile.load(path)
                 check_model(profile, names.facts)
@@ -86,7 +86,8 @@ class Names:
             "key": key or fingerprint or request.request_id,
             "count": count,
             "keep": keep,
-            "prompt": len(request.prompt_token_ids or ()),
+            # Of a text that is read, the prompt ends before the first token that is asked for.
+            "prompt": min(keep, default=len(request.prompt_token_ids or ())),
         }
         params.extra_args = extra
         if fingerprint is not None:

@@ -1,58 +1,48 @@
-"""What a request does to the model, as it travels to vLLM's workers: numbers and words only.
+"""What a profile does to the model, as it travels to vLLM's workers: numbers, words and bytes."""
 
-Experts come from a profile; directions travel beside them.
-"""
-
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from hashlib import sha256
+from dataclasses import asdict
 from typing import Any
 
-from moesteer.engines.vllm.directions import Direction, Window
+import numpy as np
+
+from moesteer.direction import Direction
+from moesteer.engines.vllm.directions import check_possible
 from moesteer.profile import Profile
 
 
-@dataclass(frozen=True)
-class Intervention:
-    """Experts and directions of one profile; directions hold for the tokens of `window`."""
-
-    fingerprint: str
-    experts: Profile
-    directions: tuple[Direction, ...] = ()
-    window: Window = "all"
-
-
-def payload_of(
-    profile: Profile, directions: Sequence[Direction] = (), window: Window = "all"
-) -> dict[str, Any]:
+def payload_of(profile: Profile) -> dict[str, Any]:
+    """Raises MoesteerError where the profile asks for what vLLM can't do."""
+    check_possible(profile)
     experts = {
         "activated": [list(expert) for expert in profile.activated],
         "deactivated": [list(expert) for expert in profile.deactivated],
         "rule": profile.rule,
         "dose": profile.dose,
     }
-    payload: dict[str, Any] = {"fingerprint": profile.fingerprint, "experts": experts}
-    if directions:
-        payload |= {"directions": [asdict(d) for d in directions], "window": window}
-        payload["fingerprint"] = sha256(json.dumps(payload).encode()).hexdigest()[:16]
-    return payload
+    directions = [
+        asdict(direction) | {"vector": np.array(direction.vector).tobytes()}
+        for direction in profile.directions
+    ]
+    return {"fingerprint": profile.fingerprint, "experts": experts, "directions": directions}
 
 
-def intervention_from(payload: dict[str, Any]) -> Intervention:
+def profile_from(payload: dict[str, Any]) -> Profile:
+    """What `payload_of` was given, as far as it steers, named by its fingerprint."""
     experts = payload["experts"]
-    return Intervention(
-        payload["fingerprint"],
-        Profile(
-            activated=tuple((layer, expert) for layer, expert in experts["activated"]),
-            deactivated=tuple((layer, expert) for layer, expert in experts["deactivated"]),
-            rule=experts["rule"],
-            dose=experts["dose"],
-            name=payload["fingerprint"],
+    return Profile(
+        activated=tuple((layer, expert) for layer, expert in experts["activated"]),
+        deactivated=tuple((layer, expert) for layer, expert in experts["deactivated"]),
+        rule=experts["rule"],
+        dose=experts["dose"],
+        directions=tuple(
+            Direction(
+                **given
+                | {
+                    "vector": tuple(np.frombuffer(given["vector"]).tolist()),
+                    "sites": tuple((layer, place) for layer, place in given["sites"]),
+                }
+            )
+            for given in payload["directions"]
         ),
-        tuple(
-            Direction(**{**given, "vector": tuple(given["vector"])})
-            for given in payload.get("directions", ())
-        ),
-        payload.get("window", "all"),
+        name=payload["fingerprint"],
     )

@@ -157,12 +157,13 @@ def _patch_frontend() -> None:
 def _patch_hash() -> None:
     from vllm.config import VllmConfig
 
+    from moesteer.engines.vllm.hooks import known_streams
     from moesteer.engines.vllm.seam import known_layers
     from moesteer.version import __version__
 
     def compute(original: Any, config: Any, *args: Any, **kwargs: Any) -> str:
         # A graph names its layers by number, so those of a process's second engine differ.
-        suffix = f"-moesteer-{__version__}-{known_layers()}"
+        suffix = f"-moesteer-{__version__}-{known_layers()}-{known_streams()}"
         return original(config, *args, **kwargs) + suffix
 
     _wrap(VllmConfig, "compute_hash", compute)

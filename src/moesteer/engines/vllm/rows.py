@@ -20,8 +20,8 @@ from torch import Tensor
 
 from moesteer.engines.base import Counted
 from moesteer.engines.evidence import is_guarded
-from moesteer.engines.vllm.directions import Directed
-from moesteer.engines.vllm.payload import Intervention, intervention_from
+from moesteer.engines.vllm.directions import Directed, Ready, Seen
+from moesteer.engines.vllm.payload import profile_from
 from moesteer.engines.vllm.readings import Readings
 from moesteer.engines.vllm.tables import Tables
 from moesteer.errors import MoesteerError
@@ -37,13 +37,15 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, eq=False)
 class Known:
     """What a profile does, and its masks [layer, expert] on the device, ready to be a row; `lifted`
-    and `lowered` are the numbers of the layers where it activates and deactivates experts."""
+    and `lowered` are the numbers of the layers where it activates and deactivates experts,
+    `directed` what its directions do, None where it has none."""
 
-    does: Intervention
+    does: Profile
     activated: Tensor
     deactivated: Tensor
     lifted: frozenset[int]
     lowered: frozenset[int]
+    directed: Ready | None
 
 
 @dataclass
@@ -76,19 +78,19 @@ class Run:
 
 @dataclass
 class Result:
-    """What was counted under a key: tokens, by layer how many of them chose each expert, and how
-    many were changed at each site of a direction. On the device, so that nothing waits for it."""
+    """What was counted under a key: tokens, by layer how many of them chose each expert, and what
+    was measured of directions. On the device, so that nothing waits for it."""
 
     tokens: Tensor
     values: Tensor
-    passed: Tensor | None
+    seen: Seen | None
 
-    def add(self, tokens: Tensor, values: Tensor, passed: Tensor | None) -> None:
+    def add(self, tokens: Tensor, values: Tensor, seen: Seen | None) -> None:
         # Not in place: what was folded in a step is an inference tensor, and RPCs are outside.
         self.tokens = self.tokens + tokens
         self.values = self.values + values
-        if self.passed is not None and passed is not None:
-            self.passed = self.passed + passed
+        if self.seen is not None and seen is not None:
+            self.seen.add(seen)
 
 
 class Rows:
@@ -117,15 +119,16 @@ class Rows:
 
         Raises MoesteerError for directions that this engine has no place for.
         """
-        loaded = intervention_from(payload)
+        loaded = profile_from(payload)
         if loaded.directions and self.directed is None:
             raise MoesteerError(
-                "the engine was not started for directions; start it with additional_config="
-                '{"moesteer": {"directions": true}}.'
+                "it has directions, and the engine was started without room for them. Start it with"
+                ' additional_config={"moesteer": {"directions": 8}}, or with a profile that has'
+                " some (--with, --profile)."
             )
         if self.directed is not None:
             self.directed.check(loaded.directions)
-        self.known[loaded.fingerprint] = self._ready(loaded)
+        self.known[loaded.name] = self._ready(loaded)
 
     def forget(self, ended: Iterable[str]) -> None:
         """Requests that have ended: what they counted is kept under their keys."""
@@ -182,18 +185,20 @@ class Rows:
             tokens = slice(run.offset, run.offset + run.end - run.start)
             if run.request.target is not None:
                 counting[tokens] *= np.isin(positions[tokens], run.request.target)
-            if run.request.profile is not None and run.request.profile.does.directions:
-                directing[tokens] = by_token[tokens] * _in_window(run.request, positions[tokens])
+            if run.request.profile is not None and run.request.profile.directed is not None:
+                generated = positions[tokens] >= run.request.prompt
+                directing[tokens] = 2 * by_token[tokens] + generated
         self._tell(tables.steering_rows, np.repeat(steered, scheduled))
         self._tell(tables.counting_rows, counting)
+        profiles = {id(r.profile): r.profile for r in batch if r and r.profile}.values()
         if self.directed is not None:
             self._tell(self.directed.rows, directing)
+            self.directed.use(p.directed for p in profiles if p.directed is not None)
         self._filled = total
-        profiles = {id(r.profile): r.profile for r in batch if r and r.profile}.values()
         tables.lifted_layers = frozenset().union(*(p.lifted for p in profiles))
         tables.lowered_layers = frozenset().union(*(p.lowered for p in profiles))
-        tables.any_paper = any(p.does.experts.rule == "paper" for p in profiles)
-        tables.any_partial = any(p.does.experts.dose != 1 for p in profiles)
+        tables.any_paper = any(p.does.rule == "paper" for p in profiles)
+        tables.any_partial = any(p.does.dose != 1 for p in profiles)
         tables.any_counted = bool(counting.any())
         tables.any_probability = any(r.counted == "probability" for r in batch if r)
 
@@ -254,7 +259,7 @@ class Rows:
                     shape.layer: values[number][: shape.experts]
                     for number, shape in enumerate(self.layers)
                 },
-                "directed": self._directed_tokens(result),
+                "directed": self._told(result),
             }
         return found
 
@@ -274,11 +279,11 @@ class Rows:
         target = np.concatenate([np.arange(start, end) for start, end in count["spans"]] or [[]])
         return Request(ours["key"], ours["prompt"], profile, count["counted"], target, keep)
 
-    def _ready(self, does: Intervention) -> Known:
+    def _ready(self, does: Profile) -> Known:
         numbers = {shape.layer: number for number, shape in enumerate(self.layers)}
         shape = self.tables.activated[:, 0].shape
         masks = []
-        for experts in (does.experts.activated, does.experts.deactivated):
+        for experts in (does.activated, does.deactivated):
             mask = torch.zeros(shape, dtype=torch.bool)
             for layer, expert in experts:
                 if layer in numbers:  # else another worker's
@@ -286,9 +291,12 @@ class Rows:
             masks.append(mask.to(self.tables.activated.device))
         lifted, lowered = (
             frozenset(numbers[layer] for layer, _ in experts if layer in numbers)
-            for experts in (does.experts.activated, does.experts.deactivated)
+            for experts in (does.activated, does.deactivated)
         )
-        return Known(does, masks[0], masks[1], lifted, lowered)
+        ready = None
+        if self.directed is not None and does.directions:
+            ready = self.directed.ready(does.directions)
+        return Known(does, masks[0], masks[1], lifted, lowered, ready)
 
     def _tell(self, table: Tensor, rows: np.ndarray) -> None:
         """Write the rows of the step's tokens, without waiting for the step before to end."""
@@ -313,9 +321,9 @@ class Rows:
         return self.free.pop()
 
     def _write(self, row: int, known: Known | None) -> None:
-        profile = Profile() if known is None else known.does.experts
+        profile = Profile() if known is None else known.does
         if self.directed is not None:
-            self.directed.write(row, () if known is None else known.does.directions)
+            self.directed.write(row, None if known is None else known.directed)
         tables = self.tables
         if known is None:
             tables.activated[:, row].zero_()
@@ -343,24 +351,23 @@ class Rows:
         tokens, values = tables.tokens[row].clone(), source[row].clone()
         for table in (tables.tokens, tables.selected, tables.probability):
             table[row].zero_()
-        passed = None
-        if self.directed is not None:
-            passed = self.directed.passed[row].clone()
-            self.directed.passed[row].zero_()
+        ready = None if request.profile is None else request.profile.directed
+        seen = None
+        if self.directed is not None and ready is not None:
+            seen = self.directed.take(row, ready)
         if request.key in self.results:
-            self.results[request.key].add(tokens, values, passed)
+            self.results[request.key].add(tokens, values, seen)
             self.results.move_to_end(request.key)
         else:
-            self.results[request.key] = Result(tokens, values, passed)
+            self.results[request.key] = Result(tokens, values, seen)
         while len(self.results) > KEPT_RESULTS:
             self.results.popitem(last=False)
 
-    def _directed_tokens(self, result: Result) -> list[list]:
-        """[layer, place, tokens] of each site where something was changed."""
-        if self.directed is None or result.passed is None:
+    def _told(self, result: Result) -> list[list[Any]]:
+        """What each direction did at each of its sites: see `Directed.told`."""
+        if self.directed is None or result.seen is None:
             return []
-        passed = zip(self.directed.sites, result.passed.tolist(), strict=True)
-        return [[site.layer, site.place, tokens] for site, tokens in passed if tokens]
+        return self.directed.told(result.seen)
 
     def _top_1_rows(self) -> Tensor:
         rows = torch.zeros(self.tables.tokens.shape[0], dtype=torch.bool)
@@ -374,16 +381,8 @@ class Rows:
             tables.counting_rows[: self._filled].zero_()
             if self.directed is not None:
                 self.directed.rows[: self._filled].zero_()
+                self.directed.use(())
             self._filled = 0
         tables.lifted_layers = tables.lowered_layers = frozenset()
         tables.any_counted = tables.any_paper = tables.any_partial = False
         tables.any_probability = False
-
-
-def _in_window(request: Request, positions: np.ndarray) -> np.ndarray:
-    """Which of the tokens the request's directions hold for."""
-    assert request.profile is not None
-    in_prompt = positions < request.prompt
-    return {"all": positions >= 0, "prompt": in_prompt, "generation": ~in_prompt}[
-        request.profile.does.window
-    ]

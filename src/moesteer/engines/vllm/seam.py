@@ -10,6 +10,7 @@ become operators of ours, opaque too, so that one graph serves every batch.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class RoutedLayer:
         self.own = slice(None)
         fused = tables.static and tables.tokens.device.type != "cpu"
         self.rewrite = fused_rewrite() if fused else rewrite
+        # Takes the router's own logits, where directions of experts are weighted by them.
+        self.weigh: Callable[[Tensor], None] | None = None
         self.key = len(_LAYERS)
         _LAYERS.append(self)
 
@@ -54,6 +57,8 @@ class RoutedLayer:
         if tables.any_probability:
             counting = tables.counting_rows[: logits.shape[0]]
             self.probability.index_add_(0, counting, routed.float().softmax(-1))
+        if self.weigh is not None:
+            self.weigh(routed)
         lifts = tables.static or self.number in tables.lifted_layers
         lowers = tables.static or self.number in tables.lowered_layers
         if not (lifts or lowers):
@@ -96,16 +101,13 @@ class RoutedLayer:
         self.record(weights, ids)
         return weights, ids
 
-    def record(self, weights: Tensor | None, ids: Tensor) -> None:
+    def record(self, weights: Tensor, ids: Tensor) -> None:
         """Keep the choice of this rank's tokens until the step is counted."""
         if not self.tables.static and not self.tables.any_counted:
             return
         own = ids[self.own]
         self.chosen[: own.shape[0]].copy_(own)
-        if weights is None:
-            self.weights[: own.shape[0]].fill_(1)
-        else:
-            self.weights[: own.shape[0]].copy_(weights[self.own])
+        self.weights[: own.shape[0]].copy_(weights[self.own])
 
 
 def rewrite(

@@ -16,11 +16,12 @@ KEY = "moesteer"
 
 @dataclass(frozen=True)
 class Settings:
-    """`profiles`: files by name, loaded at the start; `directions`: put the seam for them in."""
+    """`profiles`: files by name, loaded at the start; `directions`: how many vectors the directions
+    of a profile may have, 0 for an engine without them."""
 
     explicit: bool = False
     profiles: Mapping[str, str] = field(default_factory=dict)
-    directions: bool = False
+    directions: int = 0
 
 
 def settings_of(vllm_config: Any) -> Settings:
@@ -43,9 +44,16 @@ def settings_of(vllm_config: Any) -> Settings:
             f'additional_config["{KEY}"]["profiles"] is {profiles!r}; it must name a file for each'
             " profile."
         )
-    directions = entry.get("directions", False)
-    if not isinstance(directions, bool):
+    directions = entry.get("directions", 0)
+    if isinstance(directions, bool) or not isinstance(directions, int) or directions < 0:
         raise MoesteerError(
-            f'additional_config["{KEY}"]["directions"] is {directions!r}; it must be true or false.'
+            f'additional_config["{KEY}"]["directions"] is {directions!r}; it must be how many'
+            " vectors the directions of a profile may have."
         )
     return Settings(True, profiles, directions)
+
+
+def with_room(given: Any, room: int) -> dict[str, Any]:
+    """An `additional_config` that has room for directions, unless it names one itself."""
+    entry = (given or {}).get(KEY) or {}
+    return {**(given or {}), KEY: {"directions": room, **entry}}

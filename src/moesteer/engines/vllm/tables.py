@@ -29,8 +29,8 @@ class Tables:
         *,
         static: bool,
     ) -> None:
-        experts = max(shape.experts for shape in layers)
-        top_k = max(shape.top_k for shape in layers)
+        experts = max((shape.experts for shape in layers), default=1)  # of a dense model, none
+        top_k = max((shape.top_k for shape in layers), default=1)
         number = len(layers)
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ Called through vLLM's `collective_rpc` by name; each worker answers for its own 
 from typing import Any
 
 from moesteer.engines.vllm.attach import attach, is_static
+from moesteer.engines.vllm.directions import room_for
 from moesteer.engines.vllm.payload import payload_of
 from moesteer.engines.vllm.settings import settings_of
 from moesteer.errors import MoesteerError
@@ -15,6 +16,7 @@ from moesteer.profile import Profile
 def after_load(worker: Any, missing: list[str]) -> None:
     """Put the worker's model under the seam; `missing` are parts of vLLM that were not found."""
     settings = settings_of(worker.vllm_config)
+    profiles = [Profile.load(path) for path in settings.profiles.values()]
     worker.moesteer_rows, worker.moesteer_refused = None, None
     try:
         if missing:
@@ -22,7 +24,8 @@ def after_load(worker: Any, missing: list[str]) -> None:
                 f"this vLLM has no {', '.join(missing)}; see the versions that moesteer supports."
             )
         runner = worker.model_runner
-        worker.moesteer_rows = attach(runner.get_model(), worker.vllm_config, runner.device)
+        room = max(settings.directions, room_for(profiles))
+        worker.moesteer_rows = attach(runner.get_model(), worker.vllm_config, runner.device, room)
         runner.moesteer_rows = worker.moesteer_rows
     except MoesteerError as refusal:
         if settings.explicit:
@@ -34,8 +37,8 @@ def after_load(worker: Any, missing: list[str]) -> None:
             raise
         worker.moesteer_refused = f"its layers can't be read ({type(error).__name__}: {error})."
         return
-    for path in settings.profiles.values():
-        worker.moesteer_rows.load(payload_of(Profile.load(path)))
+    for profile in profiles:
+        worker.moesteer_rows.load(payload_of(profile))
 
 
 class WorkerCalls:

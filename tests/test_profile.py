@@ -337,6 +337,69 @@ def test_refused(rewritten: Callable[[Change], Path], change: Change, said: str)
     assert str(refusal.value).startswith(str(path))
 
 
+Tables = dict[str, np.ndarray]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        # A default in its place would steer otherwise.
+        (lambda h, _: h["directions"][0].pop("window"), "window of direction 0 is missing"),
+        (lambda h, _: h["directions"][1].pop("coefficient"), "coefficient of direction 1 is miss"),
+        (lambda h, _: h["directions"][1].pop("expert"), "expert of direction 1 is missing"),
+        (lambda h, _: h["directions"][1].update(dose=1), "dose of direction 1 is unknown"),
+        (lambda h, _: h.update(candidates="all"), "candidates is 'all'; it is one of"),
+        (lambda h, _: h.update(candidates=["own"]), "candidates is .'own'.; it is one of"),
+        (lambda h, _: h.update(model=None), "has candidates but does not say of which model"),
+        (
+            lambda h, _: h.update(candidates="residual"),
+            r"candidate 0 \(residual\) is of layer 5, position -1, expert 2; .* none such",
+        ),
+        (lambda _, t: _put(t, "layer", np.array(3)), "tensors of unequal shapes"),
+        (lambda _, t: _put(t, "layer", np.array([[5], [5]])), "tensors of unequal shapes"),
+        (lambda _, t: _put(t, "vector", np.ones(2)), "tensors of unequal shapes"),
+        (lambda _, t: _put(t, "scores.kl", np.ones((2, 2))), "tensors of unequal shapes"),
+        (lambda _, t: _put(t, "scores.kl", np.ones(3)), "tensors of unequal shapes"),
+        (lambda _, t: _put(t, "layer", np.array([5.0, 5.5])), "layer .* is of float64, not whole"),
+        (lambda _, t: _put(t, "layer", np.array([5, 6])), "candidate 1 .* of layer 6"),
+        (lambda _, t: _put(t, "layer", np.array([-1, 5])), "candidate 0 .* of layer -1"),
+        (lambda _, t: _put(t, "position", np.array([-1, 1])), "candidate 1 .* position 1"),
+        (lambda _, t: _put(t, "expert", np.array([3, 0])), "candidate 0 .* expert 3"),
+        (lambda _, t: _put(t, "vector", np.ones((2, 4))), "have 4 numbers, .* have 3"),
+        (
+            lambda _, t: t["candidates.vector"].__setitem__((1, 2), np.nan),
+            "vector of candidate 1 holds NaN",
+        ),
+        (
+            lambda _, t: t["candidates.scores.kl"].__setitem__(0, np.inf),
+            "kl of candidate 0 holds NaN or infinity",
+        ),
+    ],
+)
+def test_broken_directions_are_refused(tmp_path: Path, change: Change, said: str):
+    path = tmp_path / "p"
+    directed().save(path)
+    header, arrays = contents(path)
+    change(header, arrays)
+    save_file(arrays, path, metadata={HEADER_KEY: json.dumps(header)})
+    with pytest.raises(MoesteerError, match=said) as refusal:
+        Profile.load(path)
+    assert str(refusal.value).startswith(str(path))
+
+
+def _put(arrays: Tables, name: str, array: np.ndarray) -> None:
+    arrays[f"candidates.{name}"] = array
+
+
+def test_scores_of_a_dense_model_are_refused(rewritten: Callable[[Change], Path]):
+    def dense(header: dict, _: Tables) -> None:
+        header["model"].update(layers=[], router_norms=[])
+        header.update(activated=[], deactivated=[])
+
+    with pytest.raises(MoesteerError, match="0 routed layers of 0 experts"):
+        Profile.load(rewritten(dense))
+
+
 @pytest.mark.parametrize("header", ["[]", "not json", '"text"'])
 def test_header_that_is_no_object(tmp_path: Path, header: str):
     save_file({}, tmp_path / "p", metadata={HEADER_KEY: header})

@@ -18,6 +18,7 @@ coefficient steers towards A.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
@@ -38,6 +39,9 @@ Operation = Literal["add", "ablate"]
 Window = Literal["prompt", "generation", "all"]
 """Which tokens: those of the prompt, which decide the first token of the reply too; those of the
 reply; all."""
+
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,11 @@ class Direction:
             raise MoesteerError(f"a direction has sites {self.sites}; it needs some, each once.")
         if not math.isfinite(self.coefficient) or self.coefficient == 0:
             raise MoesteerError(f"a direction's coefficient is {self.coefficient}; not 0, finite.")
+        if not abs(self.coefficient) * self.norm <= LARGEST:
+            raise MoesteerError(
+                f"a direction of norm {self.norm:.4g} has coefficient {self.coefficient:g}:"
+                f" together more than fp32 holds ({LARGEST:.3g})."
+            )
         if self.operation == "ablate" and self.coefficient != 1:
             raise MoesteerError(
                 f"a direction is ablated with coefficient {self.coefficient}; ablation has none."
@@ -142,12 +151,25 @@ class Candidates:
         )
         if not len(found):
             whose = "" if expert < 0 else f" of expert {expert}"
+            there = [
+                f"{name}s {sorted(set(column.tolist()))}"
+                for name, column in (("layer", self.layer), ("position", self.position))
+            ]
+            here = (self.layer == layer) & (self.position == position)
+            if expert >= 0 and here.any():
+                there = [f"experts {sorted(set(self.expert[here].tolist()))}"]
             raise MoesteerError(
                 f"there is no direction of layer {layer}, position {position}{whose}; there are"
-                f" layers {sorted(set(self.layer.tolist()))} and positions"
-                f" {sorted(set(self.position.tolist()))}."
+                f" {' and '.join(there)}."
             )
         return int(found[0])
+
+    def of_vector(self, vector: Sequence[float]) -> list[int]:
+        """The numbers of the candidates that a direction with this vector came from."""
+        if len(vector) != self.vector.shape[1]:
+            return []
+        same = self.vector == np.array(vector, dtype=np.float32)
+        return np.flatnonzero(same.all(1)).tolist()
 
     def vector_of(self, number: int) -> tuple[float, ...]:
         return tuple(float(x) for x in self.vector[number])

@@ -13,13 +13,14 @@ from typing import Any, get_args
 
 import numpy as np
 
-from moesteer.direction import Candidates, Kind
+from moesteer.direction import Candidates, Direction, Kind
 from moesteer.errors import MoesteerError
 from moesteer.files import write_atomically
-from moesteer.profile import Profile, Scores
+from moesteer.profile import ModelFacts, Profile, Scores
 
 SCHEMA = 3
 HEADER_KEY = "moesteer"
+DIRECTION_KEYS = {entry.name for entry in fields(Direction)}
 
 
 def write(profile: Profile, path: Path) -> None:
@@ -126,7 +127,7 @@ def _parse(path: Path, header: dict, arrays: Mapping[str, np.ndarray]) -> Profil
     return replace(
         profile,
         scores=_scores(path, profile, table),
-        candidates=_candidates(path, candidates, arrays),
+        candidates=_candidates(path, profile, candidates, arrays),
         name=path.name,
     )
 
@@ -152,7 +153,7 @@ def _scores(path: Path, profile: Profile, arrays: Mapping[str, np.ndarray]) -> S
         )
     if profile.model is None:
         raise MoesteerError(f"{path} has scores but does not say of which model.")
-    shape = (len(profile.model.layers), max(s.experts for s in profile.model.layers))
+    shape = (len(profile.model.layers), max((s.experts for s in profile.model.layers), default=0))
     for key, array in arrays.items():
         if array.shape != shape:
             raise MoesteerError(
@@ -179,6 +180,11 @@ def _with_vectors(path: Path, told: object, arrays: Mapping[str, np.ndarray]) ->
         if vector is None or vector.ndim != 1:
             raise MoesteerError(f"{path} lacks the vector of direction {number}.")
         norm, _sign = one.pop("norm", None), one.pop("sign", None)
+        if wrong := sorted((DIRECTION_KEYS - {"vector"}) ^ set(one)):
+            what = "unknown" if wrong[0] in one else "missing"
+            raise MoesteerError(
+                f"{path}: {wrong[0]} of direction {number} is {what}; write the profile anew."
+            )
         if np.isfinite(vector).all() and not (
             isinstance(norm, float) and abs(norm - np.linalg.norm(vector)) <= 1e-6 * norm
         ):
@@ -190,22 +196,68 @@ def _with_vectors(path: Path, told: object, arrays: Mapping[str, np.ndarray]) ->
     return found
 
 
-def _candidates(path: Path, told: Any, arrays: Mapping[str, np.ndarray]) -> Candidates | None:
+WHERE = ("layer", "position", "expert")
+"""Whole numbers that say where a candidate was read, and whose it is."""
+
+
+def _candidates(
+    path: Path, profile: Profile, told: Any, arrays: Mapping[str, np.ndarray]
+) -> Candidates | None:
     if told is None:
         return None
-    scores = {}
+    scores = {
+        key.removeprefix("candidates.scores."): array
+        for key, array in arrays.items()
+        if key.startswith("candidates.scores.")
+    }
     try:
-        for key, array in arrays.items():
-            if key.startswith("candidates.scores."):
-                scores[key.removeprefix("candidates.scores.")] = array
-        names = ("layer", "position", "expert", "vector")
-        found = {name: arrays[f"candidates.{name}"] for name in names}
+        found = {name: arrays[f"candidates.{name}"] for name in (*WHERE, "vector")}
     except KeyError as error:
         raise MoesteerError(f"{path} lacks the tensor {error}.") from None
-    lengths = {len(array) for array in (*found.values(), *scores.values())}
-    if told not in get_args(Kind) or len(lengths) > 1 or found["vector"].ndim != 2:
+    if told not in get_args(Kind):
+        raise MoesteerError(f"{path}: candidates is {told!r}; it is one of {get_args(Kind)}.")
+    shapes = {name: array.shape for name, array in (found | scores).items()}
+    rows = {shape[0] for shape in shapes.values() if shape}
+    dimensions = {name: 1 + (name == "vector") for name in shapes}
+    if len(rows) != 1 or any(len(shapes[name]) != n for name, n in dimensions.items()):
         raise MoesteerError(f"{path}: its candidates ({told}) have tensors of unequal shapes.")
-    return Candidates(told, **found, scores=scores)
+    for name, array in (found | scores).items():
+        if not np.isfinite(array).all():
+            number = int(np.argwhere(~np.isfinite(array))[0][0])
+            raise MoesteerError(f"{path}: {name} of candidate {number} holds NaN or infinity.")
+    for name in WHERE:
+        if found[name].dtype.kind != "i":
+            raise MoesteerError(
+                f"{path}: {name} of its candidates is of {found[name].dtype}, not whole numbers."
+            )
+    candidates = Candidates(told, **found, scores=scores)
+    _check_candidates(path, candidates, profile.model)
+    return candidates
+
+
+def _check_candidates(path: Path, candidates: Candidates, model: ModelFacts | None) -> None:
+    """Refuse candidates of layers, experts or a width that the model does not have."""
+    if model is None:
+        raise MoesteerError(f"{path} has candidates but does not say of which model.")
+    width = candidates.vector.shape[1]
+    if model.hidden and width != model.hidden:
+        raise MoesteerError(
+            f"{path}: its candidates have {width} numbers, but the hidden states of {model.id}"
+            f" have {model.hidden}."
+        )
+    experts = {shape.layer: shape.experts for shape in model.layers}
+    places = zip(*(getattr(candidates, name).tolist() for name in WHERE), strict=True)
+    for number, (layer, position, expert) in enumerate(places):
+        of_stream = candidates.kind == "residual"
+        if (
+            not 0 <= layer < (model.decoder_layers or layer + 1)
+            or position > 0
+            or (expert != -1 if of_stream else not 0 <= expert < experts.get(layer, 0))
+        ):
+            raise MoesteerError(
+                f"{path}: candidate {number} ({candidates.kind}) is of layer {layer}, position"
+                f" {position}, expert {expert}; {model.id} has none such."
+            )
 
 
 SIGN = "a positive coefficient steers towards a: mean of side a less mean of side b"

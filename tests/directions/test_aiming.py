@@ -6,10 +6,11 @@ from itertools import product
 import numpy as np
 import pytest
 
+from moesteer.detection.selecting import select_experts
 from moesteer.direction import Candidates
 from moesteer.directions.aiming import Aim, aimed, find_candidates
 from moesteer.errors import MoesteerError
-from moesteer.profile import LayerShape, ModelFacts, Profile
+from moesteer.profile import LayerShape, ModelFacts, Profile, Scores
 
 MODEL = ModelFacts(
     *("m", None, "t", "c", "h", "f"),
@@ -114,3 +115,17 @@ def test_an_expert_has_one_place():
     assert aimed(EXPERTS, [0], Aim(place="mlp")).directions[0].sites == ((1, "mlp"),)
     with pytest.raises(MoesteerError, match="leave out --place attention"):
         aimed(EXPERTS, [0], Aim(place="attention"))
+
+
+def test_experts_and_a_direction_steer_to_one_side():
+    """What would pull both ways is refused, whichever comes first."""
+    side_b = replace(STREAM, activated=((1, 0),), toward="b", name="p")
+    (number,) = find_candidates(side_b, 2, -1, [])
+    assert aimed(side_b, [number], Aim(coefficient=-1)).toward == "b"
+    with pytest.raises(MoesteerError, match="experts towards b.* can't be aimed towards a"):
+        aimed(side_b, [number], Aim())
+    scores = Scores(*(np.arange(8.0, 0, -1).reshape(2, 4) for _ in range(7)))
+    towards_a = replace(aimed(STREAM, [number], Aim()), scores=scores)
+    assert select_experts(towards_a, activate=1, deactivate=0, toward="a").steered_layers == (1,)
+    with pytest.raises(MoesteerError, match="steers towards a.* can't be selected towards b"):
+        select_experts(towards_a, activate=1, deactivate=0, toward="b")

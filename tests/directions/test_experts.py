@@ -216,6 +216,7 @@ def test_methods_say_what_is_missing() -> None:
         ({"threshold": 0.0}, "--threshold is 0"),
         ({"threshold": 101.0}, "--threshold is 101"),
         ({"threshold": float("nan")}, "--threshold is nan"),
+        ({"layers": []}, "--layers names none"),
         ({"layers": [2, 7]}, "layer 7 of .* has no experts; those that have are 0, 1, 2, 3"),
     ],
 )

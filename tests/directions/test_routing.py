@@ -87,5 +87,7 @@ def test_the_threshold_is_in_points_and_keeps_what_goes_with_a() -> None:
     scores = Scores(*[value] * 7)
     assert over_threshold(scores, layers, 15.0) == {(1, 0), (3, 0)}
     assert over_threshold(scores, layers, 31.0) == set()
+    rounded = np.full((2, 4), 0.35 - 0.2)  # a hair less than 0.15 in fp64
+    assert len(over_threshold(replace(scores, value=rounded), layers, 15.0)) == 7
     assert over_threshold(replace(scores, value=-value), layers, 15.0) == {(1, 2)}
     assert set(by_expert(value, layers)) == {(1, e) for e in range(4)} | {(3, e) for e in range(3)}

@@ -13,25 +13,20 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from as_user import Run
+from made_directions import bundled, residual_direction
 from made_models import Made, as_prompts, made_sets
 from moesteer.direction import Direction, Site
 from moesteer.directions.aiming import Aim, aimed
 from moesteer.directions.experts import find_expert_directions, method_one, method_two
-from moesteer.directions.prompts import AskedPrompt, as_read
-from moesteer.directions.refusal import refusal_scores
+from moesteer.directions.prompts import AskedPrompt, as_read, read_prompt_set
+from moesteer.directions.refusal import refusal_scores, refusal_tokens_of
 from moesteer.directions.residual import find_residual_direction
 from moesteer.directions.selection import Thresholds
-from moesteer.directions.writers import (
-    ABLATED,
-    Writers,
-    ablations,
-    find_writers,
-    refusal_tokens_of,
-    shares,
-    source_of,
-)
+from moesteer.directions.shares import ABLATED, ablations, shares
+from moesteer.directions.writers import Writers, find_writers, source_of
 from moesteer.errors import MoesteerError
 from moesteer.profile import Profile
+from moesteer.testbed import ground_truth
 
 ANY = Thresholds(max_kl=1e9, min_induce=-1e9, max_layer=1.0)
 
@@ -182,7 +177,7 @@ def test_scores_are_those_of_ablated_outputs(tmp_path: Path) -> None:
         assert seen.score == pytest.approx(scores.mean(), abs=1e-4)
         assert seen.change == pytest.approx((scores - unsteered).mean(), abs=1e-4)
         assert seen.low <= seen.score <= seen.high
-    assert result.by_steering in ("attention", "mlp")
+    assert result.by_steering in ("attention", "mlp", None)
     assert result.by_writing in {part.part for part in result.parts}
 
 
@@ -192,6 +187,53 @@ def test_changes_are_paired() -> None:
     assert (nothing.change_low, nothing.change_high) == (0, 0)
     assert attention.change == attention.change_low == attention.change_high == -1
     assert attention.low < attention.high
+
+
+@pytest.mark.parametrize(
+    ("attention", "mlp", "said"),
+    [
+        ((-4.0, -4.5, -3.5), (-0.5, -1.0, 0.0), "attention"),
+        ((0.5, 0.2, 0.8), (-2.0, -2.5, -1.5), "mlp"),
+        ((-2.0, -2.5, -1.5), (-1.5, -2.0, -1.0), None),  # they overlap
+        ((-0.1, -0.3, 0.1), (0.5, 0.3, 0.7), None),  # it falls without neither for certain
+        ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), None),
+    ],
+)
+def test_steering_says_nothing_where_the_intervals_do_not(
+    attention: tuple[float, ...], mlp: tuple[float, ...], said: str | None, tmp_path: Path
+) -> None:
+    made = made_sets(dense=False)
+    result = found(made, residual(made), tmp_path / "w")
+    nothing, of_attention, of_mlp, both = result.ablated
+    names = ("change", "change_low", "change_high")
+    changed = (
+        nothing,
+        replace(of_attention, **dict(zip(names, attention, strict=True))),
+        replace(of_mlp, **dict(zip(names, mlp, strict=True))),
+        both,
+    )
+    assert replace(result, ablated=changed).by_steering == said
+
+
+@pytest.mark.parametrize("name", ["expert", "attention"])
+def test_the_planted_writer_is_found(name: str, tmp_path: Path) -> None:
+    """By what is written and by steering, on prompts that the direction was not found on."""
+    model, planted = f"testbed-{name}", ground_truth().writers[name]
+    profile = residual_direction(model)
+    a, b = (read_prompt_set(f"testbed:{task}:test")[:16] for task in ("restricted", "benign"))
+    result = find_writers(bundled(model), profile, a, b, out=tmp_path / "w")
+    assert result.layer == planted.layer + 1
+    strongest = max(result.writers, key=lambda writer: writer.value)
+    assert (strongest.part, strongest.layer) == (name, planted.layer)
+    assert strongest.expert == planted.expert
+    assert strongest.low > 0.9 * result.total
+    assert result.by_writing == name
+    assert result.by_steering == ("mlp" if name == "expert" else "attention")
+    without = {one.what: one for one in result.ablated}
+    other = without["attention" if name == "expert" else "mlp"]
+    assert without["nothing"].low > 4
+    assert other.low > 4
+    assert without["both"].high < -4
 
 
 # -- what is kept --------------------------------------------------------------------------------

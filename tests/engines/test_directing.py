@@ -1,6 +1,7 @@
 """Directions in a running model, against plain hooks and against weights changed by hand."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moesteer.direction import Direction, Place, Site, Window
-from moesteer.engines.evidence import DirectionEvidence
+from moesteer.engines.evidence import DirectionEvidence, check_fired
 from moesteer.engines.tiny import tiny_model
 from moesteer.engines.transformers.routers import trace_layers
 from moesteer.engines.transformers.steering import Steering, steer
@@ -130,6 +131,20 @@ def test_a_stream_that_is_no_sum_is_refused(name: str) -> None:
         find_stream(model, trace_layers(model))
 
 
+@pytest.mark.parametrize("name", ["dense", "olmoe", "flex_olmo", "gemma4_text", "granitemoehybrid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_written_to_a_large_stream_is_found(name: str, dtype: torch.dtype) -> None:
+    """A few tokens bear norms of thousands in real models, beside which a write is a rounding."""
+    model, layers, stream = prepared(name)
+    named = {module: path for path, module in model.named_modules()}
+    wanted = {site: [named[m] for m in modules] for site, modules in stream.writes.items()}
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:40] *= 1000  # pyright: ignore
+    model = model.to(dtype)  # pyright: ignore
+    found = find_stream(model, trace_layers(model) if layers else [])
+    assert {site: [named[m] for m in ms] for site, ms in found.writes.items()} == wanted
+
+
 @pytest.mark.parametrize("name", [*sorted(set(TYPES) - NOT_A_SUM), "dense"])
 def test_writes_add_up_and_ablation_leaves_nothing(name: str) -> None:
     model, layers, stream = prepared(name)
@@ -226,29 +241,35 @@ def test_rows_with_profiles_of_both_kinds_are_each_as_alone() -> None:
     assert {one.profile for one in fired.evidence()} == {"ablated", "added", "both", "experts"}
 
 
-def test_an_experts_addition_is_weighted_by_its_probability() -> None:
-    """Logits are read at the router by a hook of the test's own; the sum is made by hand."""
+@pytest.mark.parametrize("routed", [Profile(), Profile(((1, 3),), ((1, 0),))])
+def test_an_experts_addition_is_weighted_by_its_probability(routed: Profile) -> None:
+    """The router's own, whatever is done to its choice: read off logits made by hand."""
     model, layers, stream = prepared("mixtral")
+    assert layers[1].layer == 1
     ids, c = tokens(), 20.0
     probability: list[Tensor] = []
     router = layers[1].module
-    handle = router.register_forward_hook(
-        lambda _m, _a, out: probability.append(first(out).double().softmax(-1)[:, 3])
-    )
+    weight = router.weight
+    assert isinstance(weight, Tensor)
+
+    def score(_m: object, args: tuple) -> None:
+        own = args[0].reshape(-1, HIDDEN) @ weight.T
+        probability.append(own.double().softmax(-1)[:, 3].detach())
+
+    handle = router.register_forward_pre_hook(score)
     v = torch.tensor(vector())
 
     def add(hidden: Tensor) -> Tensor:
         return hidden + (c * probability[-1].view(*hidden.shape[:-1], 1) * v).float()
 
-    with by_hand(stream.writes[layers[1].layer, "mlp"][0], add):
+    with by_hand(stream.writes[1, "mlp"][0], add), steer(model, routed, layers):
         wanted = logits(model, ids)
-    site: Site = (layers[1].layer, "mlp")
-    direction = Direction(vector(), (site,), coefficient=c, expert=3)
-    with steer(model, Profile(directions=(direction,)), layers, stream) as fired:
+    direction = Direction(vector(), ((1, "mlp"),), coefficient=c, expert=3)
+    with steer(model, replace(routed, directions=(direction,)), layers, stream) as fired:
         found = logits(model, ids)
     handle.remove()
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-    (one,) = fired.evidence()
+    one = fired.evidence()[-1]
     assert isinstance(one, DirectionEvidence)
     assert one.expected == pytest.approx(c * 3.0 * float(probability[0].mean()), rel=1e-3)
     assert one.measured == pytest.approx(one.expected, rel=1e-3)
@@ -275,8 +296,86 @@ def test_ablating_experts_is_orthogonalising_their_down_projections(every: bool)
         found = logits(model, ids)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     (one,) = fired.evidence()
-    assert 0 < one.tokens <= ids.numel()
-    assert (one.tokens == ids.numel()) == every
+    assert isinstance(one, DirectionEvidence)
+    assert one.tokens == ids.numel()
+    assert one.obeyed
+    assert one.measured < 1e-5
+
+
+def test_ablating_several_experts_at_once_is_each_of_them() -> None:
+    """Of rows of their own, too; an expert that no token selects leaves nothing to take out."""
+    model, layers, stream = prepared("qwen3_moe")
+    ids, layer = tokens(rows=2, length=4), 2
+    ablations = [
+        Direction(vector(seed), ((layer, "mlp"),), "ablate", expert=seed)
+        for seed in range(layers[layer].num_experts)
+    ]
+    whole = Profile(directions=tuple(ablations), name="all")
+    with steer(model, [whole, None], layers, stream) as fired, torch.no_grad():
+        with watched(stream, ((layer, "mlp"),)) as seen:
+            together = logits(model, ids)
+        ((written,),) = seen.values()
+    torch.testing.assert_close(together[1], logits(model, ids[1:])[0], atol=1e-5, rtol=1e-4)
+    assert all(one.obeyed and one.tokens == 4 for one in fired.evidence())
+    with watched(stream, ((layer, "mlp"),)) as seen:
+        logits(model, ids)
+    ((untouched,),) = seen.values()
+    expected = untouched[0].clone()
+    for one in ablations:
+        with steer(model, Profile(directions=(one,)), layers, stream):
+            with watched(stream, ((layer, "mlp"),)) as seen:
+                logits(model, ids[:1])
+            ((alone,),) = seen.values()
+        expected += (alone - untouched[0]).view_as(expected)
+    torch.testing.assert_close(written[0], expected, atol=1e-5, rtol=1e-4)
+    assert (written[0] - untouched[0]).abs().max() > 1e-3
+
+
+def test_what_puts_an_experts_line_back_is_found_out() -> None:
+    model, layers, stream = prepared("qwen3_moe")
+    experts = layers[2].experts
+    assert experts is not None
+    direction = Direction(vector(), ((2, "mlp"),), "ablate", expert=4)
+    kept: list[Tensor] = []
+    first_of_all = experts.register_forward_hook(lambda _m, _a, out: kept.append(first(out)))
+    steering = steer(model, Profile(directions=(direction,)), layers, stream)
+    last = list(experts._forward_hooks)[-1]
+    handle = experts.register_forward_hook(lambda _m, _a, _out: kept[-1])
+    experts._forward_hooks[last] = experts._forward_hooks.pop(last)
+    logits(model, tokens(rows=3, length=20))
+    handle.remove()
+    first_of_all.remove()
+    with pytest.raises(DidNotFire, match=r"up to .* of a token's norm is left"):
+        steering.remove()
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
+def test_a_hundredth_of_a_line_that_is_left_is_found_out(dtype: torch.dtype, most: float) -> None:
+    """In 64 dimensions; what rounding leaves is allowed, and a little more is not."""
+    model, _, _ = prepared("olmoe")
+    model = model.to(dtype)  # pyright: ignore
+    layers = trace_layers(model)
+    stream, unit = find_stream(model, layers), torch.tensor(vector()) / 3.0
+    for share, proved in ((0.0, True), (most, False)):
+        module = stream.writes[1, "mlp"][0]
+        steering = steer(
+            model, Profile(directions=(Direction(vector(), ((1, "mlp"),), "ablate"),)), layers
+        )
+        last = list(module._forward_hooks)[-1]
+
+        def leak(_m: object, _a: object, out: object, share: float = share) -> object:
+            h = first(out)
+            return (h.float() + 1.5 * share * h.float().norm(dim=-1, keepdim=True) * unit).to(h)
+
+        handle = module.register_forward_hook(leak)
+        module._forward_hooks[last] = module._forward_hooks.pop(last)
+        logits(model, tokens())
+        handle.remove()
+        if proved:
+            steering.remove()
+        else:
+            with pytest.raises(DidNotFire):
+                steering.remove()
 
 
 @pytest.mark.parametrize("window", ["prompt", "generation", "all"])
@@ -300,6 +399,38 @@ def test_windows_in_generation_are_those_of_one_teacher_forced_pass(window: Wind
             with pytest.raises(DidNotFire):
                 steering.remove()
     assert torch.equal(found, text)
+
+
+HYBRID = ("granitemoehybrid", "jamba", "lfm2_moe", "nemotron_h", "qwen3_next")
+"""What they keep of the past is more than keys and values."""
+
+
+@pytest.mark.parametrize("name", ["dense", *sorted(set(HYBRID) & set(TYPES))])
+def test_windows_know_every_cache(name: str) -> None:
+    model, layers, stream = prepared(name)
+    options = {"do_sample": False, "min_new_tokens": 4, "max_new_tokens": 4, "pad_token_id": 0}
+    windows: dict[Window, int] = {"prompt": 9, "generation": 3}
+    for window, passed in windows.items():
+        profile = Profile(directions=(Direction(vector(), ((1, "input"),), window=window),))
+        with steer(model, profile, layers, stream) as fired:
+            model.generate(tokens(), **options)  # pyright: ignore
+        assert [one.tokens for one in fired.evidence()] == [2 * passed]
+
+
+@pytest.mark.parametrize("window", ["prompt", "generation", "all"])
+def test_padded_prompts_are_steered_as_each_alone(window: Window) -> None:
+    model, layers, stream = prepared("qwen3_moe")
+    direction = Direction(vector(size=6.0), ((1, "mlp"), (2, "input")), window=window)
+    profiles = [Profile(directions=(direction,)), None, Profile(directions=(direction.reversed(),))]
+    rows = [tokens(1, length, seed)[0].tolist() for seed, length in enumerate((4, 9, 6))]
+    ids = torch.tensor([[0] * (9 - len(row)) + row for row in rows])
+    options = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
+    with steer(model, profiles, layers, stream):
+        together = model.generate(ids, attention_mask=(ids > 0).long(), **options)  # pyright: ignore
+    for row, profile, found in zip(rows, profiles, together, strict=True):
+        with steer(model, profile or Profile(), layers, stream):
+            alone = model.generate(torch.tensor([row]), **options)  # pyright: ignore
+        assert found[9:].tolist() == alone[0, len(row) :].tolist()
 
 
 def test_a_window_that_no_token_is_in_did_not_fire() -> None:
@@ -403,6 +534,8 @@ def test_experts_of_a_dense_model_are_refused() -> None:
         ({"sites": ((1, "router"),)}, "place is 'router'"),
         ({"coefficient": 0.0}, "not 0"),
         ({"coefficient": float("inf")}, "finite"),
+        ({"coefficient": 1e308}, "together more than fp32 holds"),
+        ({"vector": (1e200, 1e200)}, "together more than fp32 holds"),
         ({"operation": "ablate", "coefficient": 2.0}, "ablation has none"),
         ({"expert": 3, "sites": ((1, "input"),)}, "the mlp of its layer"),
     ],
@@ -410,3 +543,10 @@ def test_experts_of_a_dense_model_are_refused() -> None:
 def test_a_direction_that_can_not_be(wrong: dict, said: str) -> None:
     with pytest.raises(MoesteerError, match=said):
         replace(Direction((1.0, 2.0), ((1, "mlp"),)), **wrong)
+
+
+def test_what_the_numbers_do_not_hold_is_said() -> None:
+    profile = Profile(directions=(Direction(vector(), ((1, "input"),), coefficient=1e37),))
+    seen = DirectionEvidence("far", 1, "input", None, "add", 4, math.inf, math.inf, math.inf)
+    with pytest.raises(DidNotFire, match=r"further than .* hold \(to inf\). Give a smaller"):
+        check_fired(profile, [seen])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from moesteer.chat import TokenisedConversation
+from moesteer.direction import Direction
 from moesteer.engines.readouts import Readout, Term, mean_log_probability
 from moesteer.engines.tiny import moe_model_types, tiny_model
 from moesteer.engines.transformers import reading as module
@@ -319,6 +320,37 @@ def test_divergence_is_the_mean_kl_of_the_targets(
 def test_an_empty_profile_does_not_diverge() -> None:
     e = engine("qwen3_moe")
     assert e.divergence(conversations(), Profile()).tolist() == [0, 0, 0]
+
+
+def test_a_direction_of_generated_tokens_has_none_to_move_right_after_a_prompt() -> None:
+    """And moves those there are: by the oracle of a text whose last tokens alone are moved."""
+    e = engine("qwen3_moe")
+    vector = tuple(np.random.default_rng(3).normal(size=64) * 3)
+    late = Direction(vector, ((2, "input"),), window="generation")
+    always = Direction(vector, ((1, "mlp"),))
+    profiles = [Profile(directions=d) for d in ((late,), (always,), (always, late))]
+    prompt = tuple(range(5, 12))
+    first = [Readout(prompt, (Term(len(prompt), word, 1.0),)) for word in (3, 8)]
+    plain, only_late, one, both = e.read(first, (None, *profiles))
+    np.testing.assert_array_equal(only_late, plain)
+    np.testing.assert_array_equal(both, one)
+    assert np.abs(one - plain).max() > 1e-3
+    text = TokenisedConversation((*prompt, 20, 21, 22), (False,) * 8 + (True,) * 2)
+    short = TokenisedConversation((*prompt, 20), (False,) * 7 + (True,))
+    assert e.divergence([short], profiles[0]).tolist() == [0]
+    longer = TokenisedConversation(text.ids, (False,) * 7 + (True,) * 3)
+    assert e.divergence([longer], profiles[0])[0] > 1e-4
+    # A text whose first term stands after 8 tokens: those are its prompt.
+    with torch.no_grad():
+        layer = e.model.get_submodule("model.layers.2")
+        move = torch.zeros(1, 9, 64)
+        move[:, 8:] = torch.tensor(vector)
+        handle = layer.register_forward_pre_hook(lambda _m, args: (args[0] + move, *args[1:]))
+        logs = e.model(torch.tensor([text.ids[:9]])).logits[0].double().log_softmax(-1)
+        handle.remove()
+    expected = (logs[7, 21] + logs[8, 22]).item() / 2
+    found = e.read([mean_log_probability(text)], [profiles[0]])[0, 0]
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_words_that_the_model_rules_out_do_not_diverge() -> None:

@@ -18,25 +18,21 @@ from moesteer.contrast import Message
 from moesteer.direction import Candidates
 from moesteer.directions.experts import method_one, method_two
 from moesteer.directions.prompts import AskedPrompt
-from moesteer.directions.refusal import refusal_scores
+from moesteer.directions.refusal import refusal_scores, refusal_tokens_of
 from moesteer.directions.selection import mean_kl
-from moesteer.directions.writers import refusal_tokens_of
 from moesteer.errors import MoesteerError
 from moesteer.evaluation.cards import read_card
 from moesteer.evaluation.comparison import STEERED, UNSTEERED
-from moesteer.evaluation.direction_search import (
+from moesteer.evaluation.direction_choices import (
     Choice,
     DirectionPlan,
-    DirectionResult,
-    DirectionTrial,
-    best_of,
     choices,
     control_choices,
-    direction_search,
     steered_by,
-    trials_of,
     widest,
 )
+from moesteer.evaluation.direction_search import DirectionResult, direction_search
+from moesteer.evaluation.direction_trials import DirectionTrial, best_of, trials_of
 from moesteer.profile import Profile
 from moesteer.runs import read_run
 from moesteer.testbed import ground_truth

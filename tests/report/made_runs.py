@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from moesteer.direction import Candidates, Direction
-from moesteer.directions.writers import PARTS, Ablated, Writer, Writers
+from moesteer.directions.shares import PARTS, Ablated, Writer
+from moesteer.directions.writers import Writers
 from moesteer.evaluation.comparison import (
     ArmFacts,
     Comparison,
@@ -19,12 +20,9 @@ from moesteer.evaluation.comparison import (
     compare,
     pool_of,
 )
-from moesteer.evaluation.direction_search import (
-    Choice,
-    Control,
-    DirectionResult,
-    DirectionTrial,
-)
+from moesteer.evaluation.direction_choices import Choice
+from moesteer.evaluation.direction_search import Control, DirectionResult
+from moesteer.evaluation.direction_trials import DirectionTrial
 from moesteer.evaluation.search import Found, SearchResult, Trial
 from moesteer.profile import Evidence, LayerShape, ModelFacts, Profile, Scores
 from moesteer.runs import open_run

@@ -113,6 +113,7 @@ def direction(
     """
     from moesteer.chat import parse_chat_options
     from moesteer.directions.aiming import Aim
+    from moesteer.directions.experts import chosen_layers, find_expert_directions
     from moesteer.directions.prompts import draw_sets, positions_of
     from moesteer.directions.refusal import prepare_sets
     from moesteer.directions.residual import find_residual_direction
@@ -131,6 +132,8 @@ def direction(
     check_out(out, restricted, harmless, pairs)
     a, b, source = _read_sides(restricted, harmless, pairs)
     engine = load_engine(model, options, dense=not experts)
+    if experts:
+        chosen_layers(engine.facts, layers, threshold)
     checkpoint = Path(out).parent / f".{Path(out).name}.experts.partial"
     with sole_writer(Path(out)):
         sets = draw_sets(
@@ -143,8 +146,6 @@ def direction(
             )
         with counted_progress("direction", "prompts") as progress:
             if experts:
-                from moesteer.directions.experts import find_expert_directions
-
                 profile = find_expert_directions(
                     engine,
                     sets,

@@ -266,7 +266,8 @@ def _search_directions(
     model: str, file: str, options: ModelOptions, *, target: "Card", **settings: Any
 ) -> None:
     """The search among the directions of a file; `settings` are those of `direction_search`."""
-    from moesteer.evaluation.direction_search import direction_search, widest
+    from moesteer.evaluation.direction_choices import widest
+    from moesteer.evaluation.direction_search import direction_search
     from moesteer.report.direction_search_page import direction_search_page
     from moesteer.report.progress import counted_progress
     from moesteer.report.terminal import print_text

@@ -26,6 +26,11 @@ def select_experts(profile: Profile, *, activate: int, deactivate: int, toward: 
         )
     if toward not in ("a", "b"):
         raise MoesteerError(f"toward is {toward!r}; it must be 'a' or 'b'.")
+    if profile.directions and profile.toward not in (None, toward):
+        raise MoesteerError(
+            f"{profile.name} holds a direction that steers towards {profile.toward}, so its experts"
+            f" can't be selected towards {toward}. Aim it the other way first (moesteer aim)."
+        )
     sign = 1 if toward == "a" else -1
     ranked = ranked_experts(profile)
     value = scores_by_expert(profile)

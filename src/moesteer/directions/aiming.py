@@ -40,6 +40,11 @@ class Aim:
 
 def aimed(profile: Profile, candidates: Sequence[int], aim: Aim) -> Profile:
     """The profile with some of its candidates, by number, as the directions that it steers by."""
+    if profile.steered_layers and profile.toward not in (None, aim.toward):
+        raise MoesteerError(
+            f"{profile.name} steers experts towards {profile.toward}, so its direction can't be aimed"
+            f" towards {aim.toward}. Select experts the other way first (moesteer select)."
+        )
     directions = tuple(_direction(profile, number, aim) for number in candidates)
     return replace(profile, directions=directions, toward=aim.toward)
 
@@ -67,7 +72,7 @@ def find_candidates(
         raise MoesteerError(f"--expert names expert {twice[0]} twice.")
     if candidates.kind != "residual" and not experts:
         here = (candidates.layer == layer) & (candidates.position == position)
-        kept = np.flatnonzero(here & (candidates.scores["kept"] > 0))
+        kept = np.flatnonzero(here & (candidates.scores.get("kept", np.zeros(len(here))) > 0))
         if here.any() and not len(kept):
             raise MoesteerError(
                 f"{profile.name}: of layer {layer} no expert's routing differs by the threshold;"

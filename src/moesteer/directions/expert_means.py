@@ -19,6 +19,7 @@ from moesteer.detection.counts import CHECKPOINT_SECONDS
 from moesteer.directions.means import RunningMean
 from moesteer.errors import MoesteerError
 from moesteer.files import write_atomically
+from moesteer.tally import tally
 
 if TYPE_CHECKING:
     from moesteer.directions.prompts import AskedPrompt, Sides
@@ -50,14 +51,7 @@ def mean_differences(
     ids = [[prompt.ids for prompt in side] for side in (sides.a, sides.b)]
     measured = _Measured(checkpoint, json.dumps([asdict(engine.facts), ids, kind, last]))
     prompts = len(sides.a) + len(sides.b)
-    read = 0
-
-    def told(count: int) -> None:
-        nonlocal read
-        read += count
-        if progress is not None:
-            progress(read, len(layers) * prompts)
-
+    told = tally(progress, len(layers) * prompts)
     try:
         for layer in layers:
             if layer in measured.differences:

@@ -32,7 +32,7 @@ from moesteer.directions.routing import (
     routing_scores,
 )
 from moesteer.errors import MoesteerError
-from moesteer.profile import Profile
+from moesteer.profile import ModelFacts, Profile
 
 if TYPE_CHECKING:
     from moesteer.directions.prompts import PromptSets
@@ -42,6 +42,32 @@ DETECTORS: dict[Kind, str] = {
     "forced": "difference of means, expert forced",
     "own": "difference of means, expert's own output",
 }
+
+
+def chosen_layers(
+    model: ModelFacts, layers: Sequence[int] | None, threshold: float = THRESHOLD
+) -> list[int]:
+    """The layers to measure, ascending; all that have experts where none are named.
+
+    Raises MoesteerError for layers without experts, and a threshold that is none, so that it can be
+    asked before the work.
+    """
+    if not 0 < threshold <= 100:
+        raise MoesteerError(
+            f"--threshold is {threshold:g}; it is a number of percentage points, above 0 to 100."
+        )
+    routed = [shape.layer for shape in model.layers]
+    if not routed:
+        raise MoesteerError(f"{model.id} is a dense model: it has no experts.")
+    chosen = sorted(set(routed if layers is None else layers))
+    if not chosen:
+        raise MoesteerError("--layers names none; name some, or leave it out for all.")
+    if without := [layer for layer in chosen if layer not in routed]:
+        raise MoesteerError(
+            f"layer {without[0]} of {model.id} has no experts; those that have are"
+            f" {', '.join(map(str, routed))}."
+        )
+    return chosen
 
 
 def find_expert_directions(
@@ -68,20 +94,8 @@ def find_expert_directions(
     `mean_differences`. Raises MoesteerError for layers without experts, and where no direction has
     a length.
     """
-    if not 0 < threshold <= 100:
-        raise MoesteerError(
-            f"--threshold is {threshold:g}; it is a number of percentage points, above 0 to 100."
-        )
     shapes = engine.facts.layers
-    routed = [shape.layer for shape in shapes]
-    chosen = sorted(set(routed if layers is None else layers))
-    if without := [layer for layer in chosen if layer not in routed]:
-        raise MoesteerError(
-            f"layer {without[0]} of {engine.facts.id} has no experts; those that have are"
-            f" {', '.join(map(str, routed)) or 'none: it is a dense model'}."
-        )
-    if not chosen:
-        raise MoesteerError(f"{engine.facts.id} is a dense model: it has no experts.")
+    chosen = chosen_layers(engine.facts, layers, threshold)
     scores, interval, stability = routing_scores(engine, sets.fit, last, seed=seed)
     probable_a, probable_b = router_probabilities(engine, sets.fit, last)
     difference = by_expert(scores.value, shapes)

@@ -27,6 +27,7 @@ from moesteer.directions.prompts import (
 )
 from moesteer.engines.readouts import Readout, Term
 from moesteer.errors import MoesteerError
+from moesteer.tally import tally
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine
@@ -89,6 +90,19 @@ def with_tokens(
         "refusal_token_ids": ", ".join(map(str, tokens)),
     }
     return replace(sets, tokens=tokens, settings=settings)
+
+
+def refusal_tokens_of(profile: "Profile") -> tuple[int, ...]:
+    """The tokens that a reply with the behaviour begins with, as the profile's evidence says."""
+    settings = {} if profile.evidence is None else profile.evidence.settings
+    told = str(settings.get("refusal_token_ids", ""))
+    tokens = [text.strip() for text in told.split(",") if text.strip()]
+    if not tokens or not all(token.isdecimal() for token in tokens):
+        raise MoesteerError(
+            f"{profile.name} does not say which tokens a reply with the behaviour begins with; give"
+            " one from `moesteer direction`."
+        )
+    return tuple(map(int, tokens))
 
 
 def find_tokens(
@@ -176,14 +190,7 @@ def prepare_sets(
     is fitted on is read once more.
     """
     total = len(sets.all) + (0 if words else len(sets.fit.a) + len(sets.fit.b))
-    read = 0
-
-    def told(prompts: int) -> None:
-        nonlocal read
-        read += prompts
-        if progress is not None:
-            progress(read, total)
-
+    told = tally(progress, total)
     sets = with_tokens(engine, sets, words, batch_size=batch_size, progress=told)
     return filtered(engine, sets, progress=told)
 

@@ -21,6 +21,7 @@ from moesteer.directions.selection import Thresholds, choose, score_candidates
 from moesteer.errors import MoesteerError
 from moesteer.profile import Evidence, Profile
 from moesteer.provenance import installed_versions
+from moesteer.tally import tally
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine
@@ -84,17 +85,9 @@ def find_residual_direction(
     """
     fitted = len(sets.fit.a) + len(sets.fit.b)
     each = len(sets.validation.a) + 2 * len(sets.validation.b)
-    total = fitted + each * engine.facts.decoder_layers * last
-    read = 0
-
-    def told(prompts: int) -> None:
-        nonlocal read
-        read += prompts
-        if progress is not None:
-            progress(read, total)
-
+    told = tally(progress, fitted + each * engine.facts.decoder_layers * last)
     candidates = residual_candidates(engine, sets, last, batch_size=batch_size, progress=told)
-    total = fitted + each * len(candidates)
+    told = tally(progress, fitted + each * len(candidates), fitted)
     candidates.scores.update(score_candidates(engine, sets, candidates, progress=told))
     chosen = choose(candidates, engine.facts.decoder_layers, thresholds)
     profile = Profile(

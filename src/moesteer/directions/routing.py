@@ -61,9 +61,9 @@ def router_probabilities(
 
 
 def over_threshold(scores: Scores, layers: Sequence[LayerShape], threshold: float) -> set[Expert]:
-    """The experts whose Δ is at least so many percentage points."""
+    """The experts whose Δ is at least so many percentage points, as far as fp64 can tell."""
     value = by_expert(scores.value, layers)
-    return {expert for expert, score in value.items() if score * 100 >= threshold}
+    return {expert for expert, score in value.items() if score * 100 >= threshold - 1e-9}
 
 
 def by_expert(table: np.ndarray, layers: Sequence[LayerShape]) -> dict[Expert, float]:

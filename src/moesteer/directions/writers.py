@@ -14,7 +14,7 @@ Steering. v is projected out of all attentions' outputs only, of all feed-forwar
 of both, and the refusal score of A's prompts read (see `refusal.py`). Marbut, Olson and Wheeler
 (2026, arXiv 2606.04160) find that attention writes a large part of the refusal direction.
 
-Intervals: 95 % percentile bootstrap over prompts, each side drawn on its own.
+How both are summed up, and their intervals: `shares.py`.
 """
 
 import hashlib
@@ -27,15 +27,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from moesteer.direction import Direction, Place, Site
+from moesteer.direction import Direction, Place
 from moesteer.directions.prompts import AskedPrompt, as_read, check_apart
-from moesteer.directions.refusal import refusal_scores
+from moesteer.directions.refusal import refusal_scores, refusal_tokens_of
+from moesteer.directions.selection import every_write
+from moesteer.directions.shares import ABLATED, Ablated, Column, Part, Writer, ablations, shares
 from moesteer.errors import MoesteerError
-from moesteer.evaluation.comparison import from_json
 from moesteer.files import write_text
 from moesteer.profile import Profile, check_model
 from moesteer.provenance import about
 from moesteer.runs import Run, open_run
+from moesteer.summaries import as_json, from_json
+from moesteer.tally import tally
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine
@@ -44,52 +47,8 @@ if TYPE_CHECKING:
 KIND = "writers"
 SUMMARY = "summary.json"
 WRITERS_SCHEMA = 1
-RESAMPLES = 1000
-LEVEL = 0.95
 LEAST = 4
 """With fewer prompts a side, an interval says nothing."""
-
-Part = Literal["embedding", "attention", "expert", "rest"]
-PARTS: tuple[Part, ...] = ("embedding", "attention", "expert", "rest")
-
-ABLATED: dict[str, tuple[Place, ...]] = {
-    "nothing": (),
-    "attention": ("attention",),
-    "mlp": ("mlp",),
-    "both": ("attention", "mlp"),
-}
-"""Of which outputs the direction is projected out, by name."""
-
-
-@dataclass(frozen=True)
-class Writer:
-    """What one writer adds along the unit vector, A less B, in units of the stream.
-
-    `layer` is None for the embedding and for all layers of a part together; `expert` for all but
-    routed experts. `share` is of the total.
-    """
-
-    part: Part
-    layer: int | None
-    expert: int | None
-    value: float
-    low: float
-    high: float
-    share: float
-
-
-@dataclass(frozen=True)
-class Ablated:
-    """Mean refusal score of A's prompts, in nats, with the direction projected out of `what`, and
-    how far that is from nothing, prompt by prompt."""
-
-    what: Literal["nothing", "attention", "mlp", "both"]
-    score: float
-    low: float
-    high: float
-    change: float
-    change_low: float
-    change_high: float
 
 
 @dataclass(frozen=True)
@@ -121,14 +80,18 @@ class Writers:
         return max(self.parts, key=lambda part: part.share).part
 
     @property
-    def by_steering(self) -> Literal["attention", "mlp"]:
-        """The outputs without which A's score falls most."""
-        change = {found.what: found.change for found in self.ablated}
-        return "attention" if change["attention"] < change["mlp"] else "mlp"
+    def by_steering(self) -> Literal["attention", "mlp"] | None:
+        """The outputs without which A's score falls most; None where it falls without neither for
+        certain, or where the intervals of both overlap."""
+        without = {found.what: found for found in self.ablated}
+        attention, mlp = without["attention"], without["mlp"]
+        if attention.change_high < min(0.0, mlp.change_low):
+            return "attention"
+        return "mlp" if mlp.change_high < min(0.0, attention.change_low) else None
 
     def to_json(self) -> str:
-        text = {"schema": WRITERS_SCHEMA, **asdict(self)}
-        return json.dumps(text, ensure_ascii=False, indent=1)
+        """The table as one JSON object, with the schema's number."""
+        return as_json(self, WRITERS_SCHEMA)
 
     @classmethod
     def from_json(cls, text: str, where: str | Path = SUMMARY) -> "Writers":
@@ -185,15 +148,7 @@ def find_writers(
         "prompts": {side: _hash(prompts) for side, prompts in sides.items()},
         "seed": seed,
     }
-    total = len(a) + len(b) + len(ABLATED) * len(a)
-    read = 0
-
-    def told(prompts: int) -> None:
-        nonlocal read
-        read += prompts
-        if progress is not None:
-            progress(read, total)
-
+    told = tally(progress, len(a) + len(b) + len(ABLATED) * len(a))
     with open_run(out, KIND, settings, about(command)) as run:
         columns = writers_of(engine, source.layer)
         tables = {
@@ -234,17 +189,14 @@ def source_of(profile: Profile, layers: int) -> Source:
         )
     (vector,) = vectors
     candidates = profile.candidates
-    if candidates is None or candidates.vector.shape[1] != len(vector):
-        found = np.array([], dtype=int)
-    else:
-        found = np.flatnonzero((candidates.vector == np.array(vector, np.float32)).all(1))
-    if candidates is None or not len(found):
+    found = [] if candidates is None else candidates.of_vector(vector)
+    if candidates is None or not found:
         raise MoesteerError(
             f"{profile.name} does not hold the candidate that its direction came from, which says"
             " at which layer and position it was read; give one from `moesteer direction` or"
             " `moesteer aim`."
         )
-    number = int(found[0])
+    number = found[0]
     layer, position = int(candidates.layer[number]), int(candidates.position[number])
     settings = {} if profile.evidence is None else profile.evidence.settings
     last = int(settings.get("positions", 1)) if position == 0 else -position
@@ -252,27 +204,11 @@ def source_of(profile: Profile, layers: int) -> Source:
     return Source(vector, min(above, layers), position, last)
 
 
-def refusal_tokens_of(profile: Profile) -> tuple[int, ...]:
-    """The tokens that a reply with the behaviour begins with, as the profile's evidence says."""
-    settings = {} if profile.evidence is None else profile.evidence.settings
-    told = str(settings.get("refusal_token_ids", ""))
-    tokens = [text.strip() for text in told.split(",") if text.strip()]
-    if not tokens or not all(token.isdigit() for token in tokens):
-        raise MoesteerError(
-            f"{profile.name} does not say which tokens a reply with the behaviour begins with; give"
-            " one from `moesteer direction`."
-        )
-    return tuple(map(int, tokens))
-
-
 def _hash(prompts: Sequence[AskedPrompt]) -> str:
     return hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()
 
 
 # -- contributions -------------------------------------------------------------------------------
-
-Column = tuple[Part, int | None, int | None]
-"""Part, layer and expert of a writer."""
 
 
 def writers_of(engine: "Engine", layer: int) -> list[Column]:
@@ -344,50 +280,6 @@ def _column(tables: Mapping[Part, np.ndarray], column: Column) -> Float[np.ndarr
     return tables[part][(slice(None), *where)]
 
 
-def shares(
-    a: Float[np.ndarray, "prompt_a writer"],
-    b: Float[np.ndarray, "prompt_b writer"],
-    columns: Sequence[Column],
-    seed: int,
-) -> tuple[tuple[Writer, ...], tuple[Writer, ...], tuple[float, float, float]]:
-    """The parts, the writers, and the total with its interval, from what each adds per prompt."""
-    draws_a, draws_b = (_draws(len(table), seed + n) for n, table in enumerate((a, b)))
-    of_part = np.array([[column[0] == part for column in columns] for part in PARTS], dtype=float)
-    # The writers, then the parts, then all of them.
-    sums = np.concatenate([np.eye(len(columns)), of_part, np.ones((1, len(columns)))]).T
-    a, b = (
-        a - a[:1],
-        b - a[:1],
-    )  # what is the same in all prompts is 0, and not what rounding leaves
-    value = (a.mean(0) - b.mean(0)) @ sums
-    low, high = _interval((draws_a @ a - draws_b @ b) @ sums)
-    total = float(value[-1])
-    named: list[Column] = [*columns, *((part, None, None) for part in PARTS)]
-    found = tuple(
-        Writer(*column, float(value[n]), float(low[n]), float(high[n]), _share(value[n], total))
-        for n, column in enumerate(named)
-    )
-    writers, parts = found[: len(columns)], found[len(columns) :]
-    return parts, writers, (total, float(low[-1]), float(high[-1]))
-
-
-def _share(value: float, total: float) -> float:
-    return float(value) / total if total else 0.0
-
-
-def _draws(prompts: int, seed: int) -> Float[np.ndarray, "resample prompt"]:
-    """How large a part each prompt is of each resample."""
-    drawn = np.random.default_rng(seed).multinomial(
-        prompts, np.full(prompts, 1 / prompts), size=RESAMPLES
-    )
-    return drawn / prompts
-
-
-def _interval(drawn: Float[np.ndarray, "resample ..."]) -> tuple[np.ndarray, np.ndarray]:
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return low, high
-
-
 # -- steering ------------------------------------------------------------------------------------
 
 
@@ -397,26 +289,6 @@ def _without(
     """The direction projected out of what these places of all layers write; None of none."""
     if not places:
         return None
-    layers = range(engine.facts.decoder_layers)
-    sites: tuple[Site, ...] = tuple((layer, place) for layer in layers for place in places)
-    direction = Direction(vector, sites, "ablate")
+    every = every_write(engine.facts.decoder_layers)
+    direction = Direction(vector, tuple(site for site in every if site[1] in places), "ablate")
     return Profile(directions=(direction,), name=f"without {' and '.join(places)}")
-
-
-def ablations(scores: Float[np.ndarray, "what prompt"], seed: int) -> tuple[Ablated, ...]:
-    """Mean scores with intervals, in the order of `ABLATED`, and changes against the first."""
-    draws = _draws(scores.shape[1], seed)
-    change = scores - scores[0]
-    (low, high), (change_low, change_high) = (_interval(draws @ t.T) for t in (scores, change))
-    return tuple(
-        Ablated(
-            what,  # pyright: ignore[reportArgumentType]
-            float(scores[n].mean()),
-            float(low[n]),
-            float(high[n]),
-            float(change[n].mean()),
-            float(change_low[n]),
-            float(change_high[n]),
-        )
-        for n, what in enumerate(ABLATED)
-    )

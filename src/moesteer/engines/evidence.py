@@ -7,6 +7,7 @@ trusting the code that steered, `check_fired` says whether the profile's promise
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 from moesteer.direction import Operation, Place
@@ -32,13 +33,28 @@ class LayerEvidence:
         )
 
 
+LEFT_OVER = 0.02
+"""Of an engine that does not say how it rounds: bf16 keeps 8 bits of each number."""
+
+
+def left_over(epsilon: float) -> float:
+    """The share of a token's norm that an ablation may leave, in numbers of this precision.
+
+    Each number is off by up to half of `epsilon` of itself, so that their sum along a unit vector
+    is by at most as much of the norm (Cauchy–Schwarz). Twice that, and what sums in fp32 lose.
+    """
+    return epsilon + 1e-4
+
+
 @dataclass(frozen=True)
 class DirectionEvidence:
     """What one direction of a profile did at one site, of a profile's tokens in its window.
 
     Added: how far the tokens moved along it, on average, `measured` and `expected`, in the stream's
     units; `rounding` is how much of that the numbers' precision may swallow. Ablated: the largest
-    share of a token's norm that is left along it, and 0. `number`: which direction of the profile.
+    share of a token's norm that is left along it, and 0; `allowed` is how much may be. Tokens that
+    don't select an expert have nothing to be taken out of its output, and count. `number`: which
+    direction of the profile.
     """
 
     profile: str
@@ -51,12 +67,13 @@ class DirectionEvidence:
     expected: float
     rounding: float = 0.0
     number: int = 0
+    allowed: float = LEFT_OVER
 
     @property
     def obeyed(self) -> bool:
-        """Whether the tokens did what was asked, up to the rounding of half precision."""
+        """Whether the tokens did what was asked, up to rounding."""
         if self.operation == "ablate":
-            return self.measured <= LEFT_OVER
+            return self.measured <= self.allowed
         allowed = MOVED * abs(self.expected) + self.rounding
         return abs(self.measured - self.expected) <= allowed
 
@@ -69,8 +86,6 @@ def rounding_share(epsilon: float, hidden: int) -> float:
     return epsilon / 2 / hidden**0.5
 
 
-LEFT_OVER = 0.02
-"""bf16 keeps 8 bits of each number; what is left of a projection is at most about as large."""
 MOVED = 0.1
 """A small vector added to a large stream is rounded more than that stream itself."""
 
@@ -157,7 +172,12 @@ def _check_direction(seen: DirectionEvidence) -> None:
         )
     if not seen.obeyed and seen.operation == "ablate":
         raise DidNotFire(
-            f"{where}: up to {seen.measured:.1%} of a token's norm is left along what was ablated."
+            f"{where}: up to {seen.measured:.2%} of a token's norm is left along what was ablated."
+        )
+    if not (isfinite(seen.measured) and isfinite(seen.expected)):
+        raise DidNotFire(
+            f"{where}: it moves tokens further than the model's numbers hold (to"
+            f" {seen.measured:g}). Give a smaller coefficient, or --dtype float32."
         )
     if not seen.obeyed:
         raise DidNotFire(

@@ -17,17 +17,17 @@ lie apart is seen in the arms' own shares; the verdict asks for more than that. 
 rare outcome the bootstrap holds the truth some 90 % of the time, with 60 about 95 %.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from moesteer.errors import MoesteerError
+from moesteer.summaries import as_json, from_json
 
 SUMMARY_SCHEMA = 1
 LEVEL = 0.95
@@ -151,7 +151,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """The comparison as one JSON object, with the schema's number."""
-        return json.dumps({"schema": SUMMARY_SCHEMA, **asdict(self)}, ensure_ascii=False, indent=1)
+        return as_json(self, SUMMARY_SCHEMA)
 
     @classmethod
     def from_json(cls, text: str, where: str | Path = "summary.json") -> "Comparison":
@@ -175,33 +175,6 @@ class Comparison:
                 f"{where} does not hold every task, arm and difference; delete it and run the"
                 " command again, which makes it from the replies."
             )
-
-
-_Summary = TypeVar("_Summary")
-
-
-def from_json(
-    form: type[_Summary], text: str, where: str | Path, schema: int, what: str
-) -> _Summary:
-    """A summary of the given form and schema; MoesteerError, beginning with `where`, otherwise."""
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        raw = json.loads(text)
-    except ValueError as error:
-        raise MoesteerError(f"{where} is not JSON: {error}.") from None
-    there = raw.pop("schema", None) if isinstance(raw, dict) else None
-    if there != schema:
-        raise MoesteerError(
-            f"{where} is {what} of format {there}; this version of moesteer reads format {schema}."
-            " Run the command again with another folder."
-        )
-    try:
-        return TypeAdapter(form).validate_json(json.dumps(raw), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise MoesteerError(f"{where}: {place}: {first['msg']}.") from None
 
 
 def pool_of(arm: str) -> str:

@@ -41,6 +41,7 @@ from moesteer.generate import GROUP, check_length, check_steers
 from moesteer.profile import check_model
 from moesteer.provenance import about
 from moesteer.runs import Run, open_run
+from moesteer.tally import tally
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine
@@ -266,12 +267,7 @@ def _ask_all(
         words = f"{tasks} × {len(by_name)} arms: {total:,} replies"
         say(words + (f", {done:,} of them are there" if done else ""))
 
-    def told(more: int) -> None:
-        nonlocal done
-        done += more
-        if progress is not None:
-            progress(done, total)
-
+    told = tally(progress, total, done)
     told(0)
     group = GROUP * batch_size
     for task in asked:

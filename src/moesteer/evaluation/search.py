@@ -12,7 +12,6 @@ search-matched control (Marbut, Olson, Wheeler 2026, arXiv 2606.04160, do it wit
 
 import hashlib
 import importlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,7 @@ from moesteer.detection.detect_to_file import detect_to_file
 from moesteer.detection.selecting import ranked_experts, scores_by_expert
 from moesteer.errors import MoesteerError
 from moesteer.evaluation.cards import Card
-from moesteer.evaluation.comparison import Comparison, from_json
+from moesteer.evaluation.comparison import Comparison
 from moesteer.evaluation.controls import shuffled_ranking
 from moesteer.evaluation.evaluate import (
     SUMMARY,
@@ -57,6 +56,7 @@ from moesteer.evaluation.trials import (
 from moesteer.files import write_text
 from moesteer.profile import Expert, LayerShape, Profile, Side, check_model
 from moesteer.runs import open_run
+from moesteer.summaries import as_json, from_json
 
 if TYPE_CHECKING:
     from moesteer.contrast import ContrastPair
@@ -105,7 +105,7 @@ class SearchResult:
 
     def to_json(self) -> str:
         """The result as one JSON object, with the schema's number."""
-        return json.dumps({"schema": SEARCH_SCHEMA, **asdict(self)}, ensure_ascii=False, indent=1)
+        return as_json(self, SEARCH_SCHEMA)
 
     @classmethod
     def from_json(cls, text: str, where: str | Path = SUMMARY) -> "SearchResult":

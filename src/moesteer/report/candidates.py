@@ -13,10 +13,8 @@ def used(profile: Profile) -> list[int]:
     found = []
     for direction in profile.directions:
         expert = -1 if direction.expert is None else direction.expert
-        if len(direction.vector) == candidates.vector.shape[1]:
-            vector = np.array(direction.vector, dtype=np.float32)
-            same = (candidates.vector == vector).all(1) & (candidates.expert == expert)
-            found += np.flatnonzero(same).tolist()
+        numbers = candidates.of_vector(direction.vector)
+        found += [number for number in numbers if candidates.expert[number] == expert]
     return list(dict.fromkeys(found))
 
 

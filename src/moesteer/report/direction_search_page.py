@@ -6,7 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moesteer.evaluation.direction_search import BEST, DirectionResult, DirectionTrial
+from moesteer.evaluation.direction_search import BEST, DirectionResult
+from moesteer.evaluation.direction_trials import DirectionTrial
 from moesteer.report.comparison_page import comparison_page
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from moesteer.evaluation.direction_search import Choice, DirectionTrial, share_of
+from moesteer.evaluation.direction_choices import Choice
+from moesteer.evaluation.direction_trials import DirectionTrial, share_of
 from moesteer.profile import Expert
 from moesteer.report.blocks import (
     Block,
@@ -181,7 +182,9 @@ def _routing_figure(search: DirectionSearch) -> list[Block]:
                 ),
             ),
             "An expert a dot: red over the routing threshold, hollow below it (in a control). Were"
-            " detection response, the dots would rise with the routing.",
+            " detection response, the dots would rise with the routing. A control tries no more"
+            " choices than the search, so of its experts not every position: some would reach"
+            " further.",
             Table(
                 f"Each expert alone at {coefficient}×, at its best position", headings, tuple(rows)
             ),

@@ -15,7 +15,8 @@ import numpy as np
 from moesteer.directions.writers import Writers
 from moesteer.errors import MoesteerError
 from moesteer.evaluation.comparison import Comparison
-from moesteer.evaluation.direction_search import DirectionResult, DirectionTrial, trials_of
+from moesteer.evaluation.direction_search import DirectionResult
+from moesteer.evaluation.direction_trials import DirectionTrial, trials_of
 from moesteer.evaluation.evaluate import replies_of
 from moesteer.evaluation.judge_check import JudgeCheck
 from moesteer.evaluation.search import BEST, SearchResult, Trial

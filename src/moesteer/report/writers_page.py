@@ -6,7 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moesteer.directions.writers import Ablated, Writer, Writers
+from moesteer.directions.shares import Ablated, Writer
+from moesteer.directions.writers import Writers
 
 PARTS = {
     "embedding": "embedding",

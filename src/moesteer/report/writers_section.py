@@ -1,6 +1,6 @@
 """Who writes it? What each part of the model adds along a direction, and what its loss changes."""
 
-from moesteer.directions.writers import PARTS, Writer
+from moesteer.directions.shares import PARTS, Writer
 from moesteer.report.blocks import (
     Block,
     Cell,
@@ -47,8 +47,11 @@ def _answer(written: Written) -> str:
     one = max(result.writers, key=lambda writer: abs(writer.value))
     position = f"position {signs(str(result.position))}" if result.position else "on average"
     where = f"the input of layer {result.layer}, {position}"
-    agree = (result.by_writing == "attention") == (result.by_steering == "attention")
-    steered = "attention" if result.by_steering == "attention" else "the feed-forward parts"
+    steered = {
+        "attention": "attention",
+        "mlp": "the feed-forward parts",
+        None: "neither clearly more than the other",
+    }[result.by_steering]
     by_writing = (
         f"By what is written up to {where}: {NAMES[most.part]}, {percent(most.share).text} of the"
         f" direction; the strongest single writer is {_name(one)}, {percent(one.share).text}."
@@ -58,6 +61,9 @@ def _answer(written: Written) -> str:
         f" behaviour change by {change['attention']} nats; out of what the feed-forward parts"
         f" write, by {change['mlp']}."
     )
+    if result.by_steering is None:
+        return f"{by_writing} {by_steering}"
+    agree = (result.by_writing == "attention") == (result.by_steering == "attention")
     last = "Both say the same." if agree else "The two don't say the same."
     return f"{by_writing} {by_steering} {last}"
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moesteer.direction import Direction, Site, Window
-from moesteer.engines.evidence import DirectionEvidence, rounding_share
+from moesteer.engines.evidence import LEFT_OVER, DirectionEvidence, left_over, rounding_share
 from moesteer.engines.transformers.routers import MoELayer, selection
 from moesteer.engines.transformers.seam import Rows, Undo, observe_logits
 from moesteer.engines.transformers.stream import Stream
@@ -35,7 +35,8 @@ class Use:
 
     What came of it is kept on the device: how many tokens of the window `passed`; sums over them of
     how far they moved along the direction, should have, and what rounding may swallow of that; or
-    the largest share of a token's norm that is `left` along it.
+    the largest share of a token's norm that is `left` along it, of which rounding may leave what is
+    `allowed`.
     """
 
     directions: list[Direction | None]
@@ -45,6 +46,7 @@ class Use:
     passed: Int[Tensor, " slot"] = field(init=False)
     moved: Float[Tensor, "slot 3"] = field(init=False)
     left: Float[Tensor, " slot"] = field(init=False)
+    allowed: float = field(init=False, default=LEFT_OVER)
 
     def __post_init__(self) -> None:
         self.always = all(d is not None and d.window == "all" for d in self.directions)
@@ -195,7 +197,8 @@ class DirectedSite:
             unit = _of(use.unit, slots)
             # What was added along the line afterwards is meant to be there.
             added = self.wanted + (self.before * unit).sum(-1, keepdim=True) * unit
-            left = ((y - added) * unit).sum(-1).abs() / y.norm(dim=-1).clamp(min=1e-30)
+            left = ((y - added) * unit).sum(-1).abs() / _length(y)
+            use.allowed = left_over(torch.finfo(hidden.dtype).eps)
             _note_largest(use, rows, slots, left)
         self.before = self.wanted = None
 
@@ -207,33 +210,65 @@ class DirectedSite:
                 " own output can't be changed; ablate at the mlp of the layer."
             )
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        def leave(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
             chosen = selection(args, kwargs)
             assert chosen is not None
-            index, weights = chosen
             hidden = first_argument(args, kwargs)
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            result = output.reshape(-1, output.shape[-1]).clone()
-            slots = rows.of_tokens(len(flat), flat.device)
+            x = output.reshape(-1, output.shape[-1]).float()
+            change = torch.zeros_like(x)
             for use in self.of_experts:
-                use.to(flat.device)
-                wanted = _of(use.experts, slots).expand(len(flat))
-                hit = (index == wanted.unsqueeze(-1)) & _in_window(use, rows, slots, len(flat))
-                token, place = hit.nonzero(as_tuple=True)
-                if not len(token):
-                    continue
-                own = module.forward(
-                    flat[token], index[token, place, None], weights[token, place, None]
-                )
-                own = own.reshape(-1, own.shape[-1]).float()
-                unit = _of(use.unit, slots).expand(len(flat), -1)[token]
-                left = own - (own * unit).sum(-1, keepdim=True) * unit
-                result[token] = (result[token].float() - own + left).to(result.dtype)
-                kept = (left * unit).sum(-1).abs() / own.norm(dim=-1).clamp(min=1e-30)
-                _note_tokens(use, slots, token, kept)
-            return result.view_as(output)
+                token, along = self._along_own(module, hidden, *chosen, use, rows)
+                change.index_add_(0, token, -along)
+            self.before, self.wanted = x, change
+            return (x + change).to(output.dtype).view_as(output)
 
-        return experts.register_forward_hook(hook, with_kwargs=True).remove
+        def watch(_module: object, _args: object, output: Tensor) -> None:
+            if self.before is None or self.wanted is None:
+                return
+            y = output.reshape(-1, output.shape[-1]).float()
+            slots = rows.of_tokens(len(y), y.device)
+            off = y - self.before - self.wanted
+            for use in self.of_experts:
+                left = (off * _of(use.unit, slots)).sum(-1).abs() / _length(y)
+                use.allowed = left_over(torch.finfo(output.dtype).eps)
+                _note_largest(use, rows, slots, left)
+            self.before = self.wanted = None
+
+        undo = [
+            experts.register_forward_hook(leave, with_kwargs=True).remove,
+            experts.register_forward_hook(watch).remove,
+        ]
+
+        def restore() -> None:
+            for one in undo:
+                one()
+
+        return restore
+
+    def _along_own(
+        self,
+        experts: nn.Module,
+        hidden: Tensor,
+        index: Int[Tensor, "token k"],
+        weights: Tensor,
+        use: Use,
+        rows: Rows,
+    ) -> tuple[Int[Tensor, " hit"], Float[Tensor, "hit hidden"]]:
+        """The tokens of the window that select the slot's expert, and what its weighted output has
+        along the direction in each."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        use.to(flat.device)
+        slots = rows.of_tokens(len(flat), flat.device)
+        wanted = _of(use.experts, slots).expand(len(flat))
+        hit = (index == wanted.unsqueeze(-1)) & _in_window(use, rows, slots, len(flat))
+        token, place = hit.nonzero(as_tuple=True)
+        unit = _of(use.unit, slots).expand(len(flat), -1)[token]
+        if not len(token):
+            return token, unit
+        # Not the module itself, whose hooks see what the model routes.
+        own = experts.forward(flat[token], index[token, place, None], weights[token, place, None])
+        own = own.reshape(-1, own.shape[-1]).float()
+        return token, (own * unit).sum(-1, keepdim=True) * unit
 
     def evidence(self, profiles: Sequence[Profile]) -> list[tuple[Profile, DirectionEvidence]]:
         """What each slot's directions did here since they were put in place."""
@@ -253,6 +288,7 @@ class DirectedSite:
                     tokens,
                     *((float(use.left[slot]), 0.0, 0.0) if ablates else mean),
                     number=_number(profiles[slot], direction),
+                    allowed=use.allowed,
                 )
                 found.append((profiles[slot], seen))
         return found
@@ -353,6 +389,10 @@ def _of(table: Tensor, slots: Tensor | None) -> Tensor:
     return table[:1] if slots is None else table[slots]
 
 
+def _length(hidden: Float[Tensor, "token hidden"]) -> Float[Tensor, " token"]:
+    return hidden.norm(dim=-1).clamp(min=1e-30)
+
+
 def _plus(one: Tensor | None, other: Tensor) -> Tensor:
     return other if one is None else one + other
 
@@ -401,12 +441,6 @@ def _note_largest(use: Use, rows: Rows, slots: Tensor | None, left: Tensor) -> N
     ones = torch.ones_like(slots) if counts is None else counts.to(slots.dtype)
     use.passed.index_add_(0, slots, ones)
     use.left.scatter_reduce_(0, slots, left, "amax")
-
-
-def _note_tokens(use: Use, slots: Tensor | None, token: Tensor, left: Tensor) -> None:
-    own = torch.zeros_like(token) if slots is None else slots[token]
-    use.passed.index_add_(0, own, torch.ones_like(own))
-    use.left.scatter_reduce_(0, own, left, "amax")
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -8,8 +8,7 @@ all profiles (`replay.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,9 +23,6 @@ from moesteer.engines.transformers.steering import UNSTEERED, steer
 from moesteer.engines.transformers.stream import Stream
 from moesteer.errors import MoesteerError
 from moesteer.profile import Profile
-
-if TYPE_CHECKING:
-    pass
 
 BATCH_TOKENS = 8192
 """Tokens of a batch, padding included."""
@@ -92,13 +88,16 @@ def divergence(
     starts = {start} if replay.saves(start) else set()
     # Both distributions are held at once.
     for pieces in batches(split(texts, most_terms(model) // 2), most_terms(model) // 2):
+        steering = _reaching(profile, pieces)
+        if steering.lowest_layer is None:
+            continue
         ids, attention = padded([piece.ids for piece in pieces], input_device(model))
         row, position, _ = _places(pieces, 1)
         with torch.inference_mode(), replay.keep(starts) as kept:
             before = logits_at(model, ids, attention, row, position).log_softmax(-1)
         with (
             torch.inference_mode(),
-            steer(model, [profile] * len(pieces), layers, stream, prompts_of(pieces)),
+            steer(model, [steering] * len(pieces), layers, stream, prompts_of(pieces)),
             replay.put(start, kept.get(start), 1),
         ):
             after = logits_at(model, ids, attention, row, position).log_softmax(-1)
@@ -167,6 +166,7 @@ def _runs(
     profiles: Sequence[Profile | None],
 ) -> Iterator[tuple[Sequence[int], Float[Tensor, "profile term"]]]:
     """Numbers of profiles, and the log-probability of each term under them, until all are run."""
+    profiles = [_reaching(profile or UNSTEERED, pieces) for profile in profiles]
     unsteered, steered = _by_lowest_layer(profiles)
     starts = {start for start in steered if replay.saves(start)}
     kept: Mapping[int, Tensor] = {}
@@ -235,14 +235,23 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().num_embeddings  # pyright: ignore
 
 
+def _reaching(profile: Profile, pieces: Sequence[Piece]) -> Profile:
+    """The profile, less its directions of generated tokens where no text goes on after its prompt:
+    they have nothing to do there, and there is nothing to prove."""
+    directions = tuple(d for d in profile.directions if d.window != "generation")
+    if directions == profile.directions or any(len(p.ids) > p.prompt for p in pieces):
+        return profile
+    return replace(profile, directions=directions)
+
+
 def _by_lowest_layer(
-    profiles: Sequence[Profile | None],
+    profiles: Sequence[Profile],
 ) -> tuple[list[int], dict[int, list[int]]]:
     """Which profiles steer nothing, and which steer from which layer on."""
     unsteered: list[int] = []
     steered: dict[int, list[int]] = {}
     for number, profile in enumerate(profiles):
-        lowest = (profile or UNSTEERED).lowest_layer
+        lowest = profile.lowest_layer
         (unsteered if lowest is None else steered.setdefault(lowest, [])).append(number)
     return unsteered, steered
 

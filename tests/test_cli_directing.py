@@ -189,7 +189,7 @@ def test_directions_of_experts(run: Run):
         ((*SETS, "--max-layer", 0), ("--max-layer is 0",)),
         ((*SETS, "--coefficient", 0), ("coefficient is 0",)),
         ((*SETS, "--operation", "ablate", "--coefficient", 2), ("ablation has none",)),
-        ((*SETS, "--kind", "own"), ("--kind", "add --experts")),
+        ((*SETS, "--kind", "forced"), ("--kind", "add --experts")),
         ((*SETS, "--threshold", 5), ("--threshold", "add --experts")),
         ((*SETS, "--experts", "--place", "mlp"), ("--place", "moesteer aim")),
         ((*SETS, "--experts", "--max-kl", 1), ("--max-kl", "not for --experts")),

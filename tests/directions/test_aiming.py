@@ -122,10 +122,10 @@ def test_experts_and_a_direction_steer_to_one_side():
     side_b = replace(STREAM, activated=((1, 0),), toward="b", name="p")
     (number,) = find_candidates(side_b, 2, -1, [])
     assert aimed(side_b, [number], Aim(coefficient=-1)).toward == "b"
-    with pytest.raises(MoesteerError, match="experts towards b.* can't be aimed towards a"):
+    with pytest.raises(MoesteerError, match=r"experts towards b.* can't be aimed towards a"):
         aimed(side_b, [number], Aim())
     scores = Scores(*(np.arange(8.0, 0, -1).reshape(2, 4) for _ in range(7)))
     towards_a = replace(aimed(STREAM, [number], Aim()), scores=scores)
     assert select_experts(towards_a, activate=1, deactivate=0, toward="a").steered_layers == (1,)
-    with pytest.raises(MoesteerError, match="steers towards a.* can't be selected towards b"):
+    with pytest.raises(MoesteerError, match=r"steers towards a.* can't be selected towards b"):
         select_experts(towards_a, activate=1, deactivate=0, toward="b")

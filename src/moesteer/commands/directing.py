@@ -49,7 +49,7 @@ def direction(
     place: Literal["input", "attention", "mlp"] | None = None,
     window: Literal["prompt", "generation", "all"] = "all",
     experts: bool = False,
-    kind: Literal["forced", "own"] = "forced",
+    kind: Literal["own", "forced"] = "own",
     threshold: float = 15.0,
     layers: list[int] | None = None,
     batch_size: int = 16,
@@ -100,8 +100,9 @@ def direction(
     experts
         Find the directions of single experts' outputs instead.
     kind
-        With --experts: what the feed-forward part writes while an expert is forced, or the
-        expert's own output for the tokens routed to it.
+        With --experts: the expert's own output for the tokens routed to it (own); or, as in the
+        paper, what the feed-forward part writes while the expert is forced (forced), which holds
+        what the layer's other experts write as well.
     threshold
         With --experts: percentage points by which an expert's routing must differ.
     layers

@@ -42,8 +42,8 @@ def aimed(profile: Profile, candidates: Sequence[int], aim: Aim) -> Profile:
     """The profile with some of its candidates, by number, as the directions that it steers by."""
     if profile.steered_layers and profile.toward not in (None, aim.toward):
         raise MoesteerError(
-            f"{profile.name} steers experts towards {profile.toward}, so its direction can't be aimed"
-            f" towards {aim.toward}. Select experts the other way first (moesteer select)."
+            f"{profile.name} steers experts towards {profile.toward}, so its direction can't be"
+            f" aimed towards {aim.toward}. Select experts the other way first (moesteer select)."
         )
     directions = tuple(_direction(profile, number, aim) for number in candidates)
     return replace(profile, directions=directions, toward=aim.toward)

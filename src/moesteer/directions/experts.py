@@ -76,7 +76,7 @@ def find_expert_directions(
     *,
     last: int,
     threshold: float = THRESHOLD,
-    kind: Kind = "forced",
+    kind: Kind = "own",
     layers: Sequence[int] | None = None,
     seed: int = 0,
     batch_size: int = 16,

@@ -21,7 +21,7 @@ from moesteer.evaluation.direction_controls import below_threshold, over_thresho
 from moesteer.profile import Expert, Profile, Side
 
 RESIDUAL = (0.25, 0.5, 1.0, 2.0, 4.0)
-WEIGHTED = (1.0, 2.4, 5.5, 13.0, 31.0, 72.0, 170.0, 400.0)
+WEIGHTED = (1, 1.5, 2.2, 3.3, 5, 7.5, 11, 17, 25, 38, 57, 85, 130, 190, 280, 400)
 """Coefficients of a vector of the residual stream, and of one weighted by a router's probability,
 which is small."""
 Method = Literal["one", "two"]

@@ -28,6 +28,9 @@ from moesteer.profile import Profile
 WINDOWS: dict[Window, int] = {"prompt": 1, "generation": 2, "all": 3}
 """As bits: the prompt's tokens, and the generated ones."""
 
+SETTLED_AT = 64
+"""Tokens that are looked at together."""
+
 
 @dataclass(eq=False)
 class Use:
@@ -70,8 +73,22 @@ class Use:
         self.left = torch.zeros(slots, device=device)
 
 
-def use_of(directions: Sequence[Direction | None], device: torch.device, hidden: int) -> Use:
-    """Tables of one direction a slot; an addition's vector is multiplied by its coefficient."""
+Tables = dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]]
+"""Vector, unit vector and window of each slot, by its direction's identity: a line that is to leave
+every write is written down once for all sites."""
+
+
+def use_of(
+    directions: Sequence[Direction | None], known: Tables, device: torch.device, hidden: int
+) -> Use:
+    key = tuple(map(id, directions))
+    if key not in known:
+        known[key] = _tables(directions, hidden)
+    return Use(list(directions), *(table.to(device) for table in known[key]))
+
+
+def _tables(directions: Sequence[Direction | None], hidden: int) -> tuple[Tensor, Tensor, Tensor]:
+    """An addition's vector is multiplied by its coefficient."""
     vector = torch.zeros(len(directions), hidden, dtype=torch.float64)
     window = torch.zeros(len(directions), dtype=torch.int64)
     for slot, direction in enumerate(directions):
@@ -81,9 +98,7 @@ def use_of(directions: Sequence[Direction | None], device: torch.device, hidden:
             window[slot] = WINDOWS[direction.window]
     length = vector.norm(dim=-1, keepdim=True)
     unit = torch.where(length > 0, vector / length.clamp(min=1e-300), 0.0)
-    return Use(
-        list(directions), vector.float().to(device), unit.float().to(device), window.to(device)
-    )
+    return vector.float(), unit.float(), window
 
 
 class DirectedSite:
@@ -95,6 +110,7 @@ class DirectedSite:
         modules: Sequence[nn.Module],
         layer: MoELayer | None,
         profiles: Sequence[Profile],
+        known: Tables,
         hidden: int,
     ) -> None:
         self.site = site
@@ -110,13 +126,16 @@ class DirectedSite:
                 for of in here
             ]
             return [
-                use_of([of[n] if n < len(of) else None for of in chosen], device, hidden)
+                use_of([of[n] if n < len(of) else None for of in chosen], known, device, hidden)
                 for n in range(max(map(len, chosen)))
             ]
 
         self.ablated = uses("ablate", own=False)
         self.added = uses("add", own=False) + uses("add", own=True)
         self.of_experts = uses("ablate", own=True)
+        # Decoding under an ablation passes three sites a layer, so its common case is kept short.
+        self.line_alone = len(self.ablated) == 1 and not self.added and self.ablated[0].always
+        self.waiting: list[Tensor] = []
         self.probabilities: Float[Tensor, "token expert"] | None = None
         self.before: Tensor | None = None
         self.wanted: Tensor | None = None
@@ -156,6 +175,10 @@ class DirectedSite:
         for use in (*self.ablated, *self.added):
             use.to(flat.device)
         x = flat.float()
+        if self.line_alone and slots is None:
+            unit = self.ablated[0].unit[0]
+            self.before = x
+            return torch.addr(x, x @ unit, unit, alpha=-1).to(hidden.dtype).view_as(hidden)
         change = None
         for use in self.ablated:
             unit = _of(use.unit, slots)
@@ -181,10 +204,14 @@ class DirectedSite:
 
     def _see(self, hidden: Tensor, rows: Rows, adds: bool) -> None:
         """What goes on from the site, against what came to it."""
-        if self.before is None or self.wanted is None:
+        if self.before is None:
             return
         y = hidden.reshape(-1, hidden.shape[-1]).float()
         slots = rows.of_tokens(len(y), y.device)
+        if self.wanted is None:
+            self.ablated[0].allowed = left_over(torch.finfo(hidden.dtype).eps)
+            self._see_later(y)
+            return
         if self.added and adds:
             share = rounding_share(torch.finfo(hidden.dtype).eps, y.shape[-1])
             lost = share * y.norm(dim=-1)
@@ -201,6 +228,21 @@ class DirectedSite:
             use.allowed = left_over(torch.finfo(hidden.dtype).eps)
             _note_largest(use, rows, slots, left)
         self.before = self.wanted = None
+
+    def _see_later(self, passed: Float[Tensor, "token hidden"]) -> None:
+        """What is left of a line; of few tokens (decoding) it is seen when there are more."""
+        self.before = None
+        self.waiting.append(passed.clone())
+        waiting = sum(map(len, self.waiting))
+        if waiting >= SETTLED_AT or torch.compiler.is_compiling():
+            self._settle()
+
+    def _settle(self) -> None:
+        if self.waiting:
+            passed, use = torch.cat(self.waiting), self.ablated[0]
+            self.waiting.clear()
+            left = (passed @ use.unit[0]).abs() / _length(passed)
+            _note_largest(use, None, None, left)
 
     def _attach_to_experts(self, layer: MoELayer, rows: Rows) -> Undo:
         experts = layer.experts
@@ -272,6 +314,7 @@ class DirectedSite:
 
     def evidence(self, profiles: Sequence[Profile]) -> list[tuple[Profile, DirectionEvidence]]:
         """What each slot's directions did here since they were put in place."""
+        self._settle()
         found = []
         for use in (*self.ablated, *self.added, *self.of_experts):
             for slot, direction in enumerate(use.directions):
@@ -312,7 +355,7 @@ def directed_sites(
                     f"{profile.name}: layer {direction.sites[0][0]} has no experts, but a direction"
                     f" names expert {direction.expert} of it."
                 )
-    sites = []
+    sites, known = [], Tables()
     for site in sorted(wanted):
         layer, place = site
         if not 0 <= layer < len(stream.decoder):
@@ -326,7 +369,8 @@ def directed_sites(
             raise MoesteerError(f"layer {layer} of this model has no {place}.")
         if not modules:
             continue
-        sites.append(DirectedSite(site, modules, routed.get(layer), profiles, stream.hidden))
+        layer_of = routed.get(layer)
+        sites.append(DirectedSite(site, modules, layer_of, profiles, known, stream.hidden))
     return sites
 
 
@@ -412,9 +456,11 @@ def _within(
     return torch.where(_in_window(use, rows, slots, tokens), change, 0.0)
 
 
-def _counts(use: Use, rows: Rows, slots: Tensor | None, tokens: int) -> Tensor | None:
-    """1 for tokens in the window; None: all are."""
-    return None if use.always else _in_window(use, rows, slots, tokens).squeeze(-1)
+def _counts(use: Use, rows: Rows | None, slots: Tensor | None, tokens: int) -> Tensor | None:
+    """1 for tokens in the window; None: all are, which needs no rows."""
+    if use.always or rows is None:
+        return None
+    return _in_window(use, rows, slots, tokens).squeeze(-1)
 
 
 def _note(use: Use, rows: Rows, slots: Tensor | None, moved: Float[Tensor, "token 3"]) -> None:
@@ -430,7 +476,7 @@ def _note(use: Use, rows: Rows, slots: Tensor | None, moved: Float[Tensor, "toke
     use.moved.index_add_(0, slots, moved)
 
 
-def _note_largest(use: Use, rows: Rows, slots: Tensor | None, left: Tensor) -> None:
+def _note_largest(use: Use, rows: Rows | None, slots: Tensor | None, left: Tensor) -> None:
     counts = _counts(use, rows, slots, len(left))
     if counts is not None:
         left = left * counts

@@ -57,11 +57,11 @@ DIRECTED = Profile(
     ),
     name="mine",
 )
-LOWER = [[0, 0, "mlp", 5, 9.9, 10.0, 0.5, 0.0]]
+LOWER = [[0, 0, "mlp", 5, 9.9, 10.0, 0.5, 0.0, 0.02]]
 UPPER = [
-    [0, 1, "mlp", 5, 10.0, 10.0, 0.0, 0.0],
-    [1, 1, "input", 5, 0.0, 0.0, 0.0, 0.001],
-    [2, 1, "mlp", 5, 4.9, 5.0, 0.0, 0.0],
+    [0, 1, "mlp", 5, 10.0, 10.0, 0.0, 0.0, 0.02],
+    [1, 1, "input", 5, 0.0, 0.0, 0.0, 0.001, 0.02],
+    [2, 1, "mlp", 5, 4.9, 5.0, 0.0, 0.0, 0.02],
 ]
 
 
@@ -95,11 +95,15 @@ def test_moves_of_several_requests_are_added_up_and_the_largest_share_is_kept() 
     [
         ([], UPPER, "mlp of layer 0: no token of its window"),
         (LOWER, UPPER[:1] + UPPER[2:], "input of layer 1: no token of its window"),
-        ([[0, 0, "mlp", 5, 0.0, 10.0, 0.0, 0.0]], UPPER, "moved by 0 along it, not by 2"),
-        (LOWER, [UPPER[0], [1, 1, "input", 5, 0.0, 0.0, 0.0, 0.3], UPPER[2]], "up to 30.0%"),
+        ([[0, 0, "mlp", 5, 0.0, 10.0, 0.0, 0.0, 0.02]], UPPER, "moved by 0 along it, not by 2"),
         (
             LOWER,
-            [*UPPER[:2], [2, 1, "mlp", 5, 9.0, 5.0, 0.0, 0.0]],
+            [UPPER[0], [1, 1, "input", 5, 0.0, 0.0, 0.0, 0.3, 0.02], UPPER[2]],
+            r"up to 30\.00%",
+        ),
+        (
+            LOWER,
+            [*UPPER[:2], [2, 1, "mlp", 5, 9.0, 5.0, 0.0, 0.0, 0.02]],
             r"layer 1 \(expert 2\): tokens",
         ),
     ],

@@ -102,17 +102,17 @@ def test_each_token_is_changed_by_its_row_and_phase_and_measured(seed: int, stat
     for row, one in enumerate(ready, start=1):
         told = {number: rest for number, *rest in directed.told(directed.take(row, one))}
         for which, direction in enumerate(profiles[row - 1]):
-            layer, place, tokens, moved, expected, rounding, left = told[which]
+            layer, place, tokens, moved, expected, rounding, left, allowed = told[which]
             found = shifts.get((row, which), [])
             assert ((layer, place), tokens) == (direction.sites[0], len(found))
-            assert left < 1e-4
+            assert left < 1e-4 < allowed < 2e-4
             assert 0 <= rounding < 1e-4
             if direction.operation == "add" and found and alone(profiles[row - 1], which):
                 v = torch.tensor(direction.vector, dtype=torch.float64)
                 along = torch.stack(found).sum(0) @ v / v.norm() * np.sign(direction.coefficient)
                 assert moved == pytest.approx(float(along), abs=1e-4)
             assert moved == pytest.approx(expected, abs=1e-4)
-        assert not any(any(numbers[3:]) for numbers in directed.told(directed.take(row, one)))
+        assert not any(any(numbers[3:-1]) for numbers in directed.told(directed.take(row, one)))
 
 
 def alone(directions: Sequence[Direction], which: int) -> bool:

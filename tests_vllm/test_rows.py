@@ -346,7 +346,7 @@ def test_directions_hold_in_their_window(window: Any, held: list[int]) -> None:
     rounding = pytest.approx(
         torch.finfo(torch.float32).eps * len(held), rel=1e-4
     )  # every 2 by half
-    told = [0, 4, "mlp", len(held), moved, moved, rounding, 0.0]
+    told = [0, 4, "mlp", len(held), moved, moved, rounding, 0.0, pytest.approx(1e-4, rel=0.01)]
     assert rows.collect(["k"])["k"]["directed"] == [told]
     rows.forget(["ours"])
     begin(rows, request("next"))  # takes the same row

@@ -1,10 +1,11 @@
 """Numbers to read off texts, said so that any engine can: sums of weighted log-probabilities."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moesteer.errors import MoesteerError
+from moesteer.profile import Profile
 
 if TYPE_CHECKING:
     from moesteer.chat import TokenisedConversation
@@ -68,3 +69,12 @@ def check_readouts(readouts: Sequence[Readout], vocabulary: int, longest: int | 
                 f"readout {number} has tokens from {min(words)} to {max(words)}; the model has"
                 f" 0–{vocabulary - 1}."
             )
+
+
+def reaching(profile: Profile, goes_on: bool) -> Profile:
+    """The profile, less its directions of generated tokens where no text goes on after its prompt:
+    they have nothing to do there, and there is nothing to prove."""
+    directions = tuple(d for d in profile.directions if d.window != "generation")
+    if goes_on or directions == profile.directions:
+        return profile
+    return replace(profile, directions=directions)

@@ -20,7 +20,12 @@ from moesteer.engines.checkpoint import read_tokenizer, resolve
 from moesteer.engines.evidence import DirectionEvidence, LayerEvidence, check_fired
 from moesteer.engines.facts import facts_of_checkpoint
 from moesteer.engines.prompts import check_lengths, one_each
-from moesteer.engines.readouts import Readout, check_readouts, mean_log_probability
+from moesteer.engines.readouts import (
+    Readout,
+    check_readouts,
+    mean_log_probability,
+    reaching,
+)
 from moesteer.engines.vllm import names_of, send_profile
 from moesteer.engines.vllm.collected import (
     Moves,
@@ -149,7 +154,7 @@ class VllmEngine:
             if progress is not None:
                 progress(len(readouts) - len(waiting))
             texts = [readouts[number] for number in waiting]
-            keys = self._kept(texts, profile, progress)
+            keys = self._kept(texts, _reaching(profile, texts), progress)
             asked = [
                 (key, term.position, term.token)
                 for key, text in zip(keys, texts, strict=True)
@@ -174,7 +179,7 @@ class VllmEngine:
         """See `Engine.divergence`."""
         texts = [mean_log_probability(conversation) for conversation in conversations]
         self._check(texts, [profile])
-        before, after = self._kept(texts, None), self._kept(texts, profile)
+        before, after = self._kept(texts, None), self._kept(texts, _reaching(profile, texts))
         asked = [
             (p, q, term.position)
             for p, q, text in zip(before, after, texts, strict=True)
@@ -398,6 +403,11 @@ def load_vllm(
 
 def _inside(what: str) -> MoesteerError:
     return MoesteerError(f"vLLM does not show {what}; use --engine transformers for it.")
+
+
+def _reaching(profile: Profile | None, texts: Sequence[Readout]) -> Profile | None:
+    places = [[term.position for term in text.terms] for text in texts]
+    return profile and reaching(profile, any(max(of) > min(of) for of in places))
 
 
 def _spans(target: Sequence[bool]) -> list[list[int]]:

@@ -8,7 +8,7 @@ all profiles (`replay.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moesteer.engines.readouts import Readout, Term
+from moesteer.engines.readouts import Readout, Term, reaching
 from moesteer.engines.transformers.replay import Replay
 from moesteer.engines.transformers.routers import MoELayer, input_device
 from moesteer.engines.transformers.steering import UNSTEERED, steer
@@ -236,12 +236,7 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 
 
 def _reaching(profile: Profile, pieces: Sequence[Piece]) -> Profile:
-    """The profile, less its directions of generated tokens where no text goes on after its prompt:
-    they have nothing to do there, and there is nothing to prove."""
-    directions = tuple(d for d in profile.directions if d.window != "generation")
-    if directions == profile.directions or any(len(p.ids) > p.prompt for p in pieces):
-        return profile
-    return replace(profile, directions=directions)
+    return reaching(profile, any(len(piece.ids) > piece.prompt for piece in pieces))
 
 
 def _by_lowest_layer(

@@ -20,13 +20,14 @@ Counts = Mapping[int, Sequence[float]]
 class Move:
     """What a direction did at a site: how far its tokens moved along it, should have, and what
     rounding may swallow of it, summed over them; the largest share of a token's norm that an
-    ablation left."""
+    ablation left, and that it may leave."""
 
     tokens: int = 0
     moved: float = 0.0
     expected: float = 0.0
     rounding: float = 0.0
     left: float = 0.0
+    allowed: float = 0.0
 
     def __add__(self, other: "Move") -> "Move":
         return Move(
@@ -35,6 +36,7 @@ class Move:
             self.expected + other.expected,
             self.rounding + other.rounding,
             max(self.left, other.left),
+            max(self.allowed, other.allowed),
         )
 
 
@@ -120,6 +122,7 @@ def directions_of(profile: Profile, moves: Moves) -> list[DirectionEvidence]:
                     seen.expected / tokens_moved,
                     seen.rounding / tokens_moved,
                     number,
+                    seen.allowed,
                 )
             )
     return found

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moesteer.direction import Direction, Site, Window
-from moesteer.engines.evidence import rounding_share
+from moesteer.engines.evidence import LEFT_OVER, left_over, rounding_share
 from moesteer.engines.vllm.stream import Stream
 from moesteer.engines.vllm.tables import Tables
 from moesteer.errors import MoesteerError
@@ -188,6 +188,7 @@ class Directed:
         self.experts = zeros(parts, 2 * rows, room, dtype=torch.int64)
         self.ablated = zeros(parts, 2 * rows, dtype=torch.int64)
         self.used = zeros(parts, 2 * rows, dtype=torch.bool)
+        self.allowed = LEFT_OVER
         # What was measured, by row
         self.weighed = zeros(parts, 2 * rows, columns)
         self.moved = zeros(parts, 2 * rows, columns)
@@ -308,6 +309,7 @@ class Directed:
             self.ablated[number][rows],
             weights,
         )
+        self.allowed = left_over(torch.finfo(part.dtype).eps)
         # Tokens that run a second time are not measured again; row 0 is thrown away.
         seen = rows * used * (self.tables.counting_rows[:tokens] > 0)
         self.weighed[number, :, :columns].index_add_(0, seen, weights)
@@ -330,8 +332,8 @@ class Directed:
             table[:, 2 * row : 2 * row + 2].zero_()
 
     def told(self, seen: Seen) -> list[list[Any]]:
-        """[direction, layer, place, tokens, moved, expected, rounding, left] of each direction at
-        each of its sites.
+        """[direction, layer, place, tokens, moved, expected, rounding, left, allowed] of each
+        direction at each of its sites.
 
         See `moesteer.engines.vllm.collected.Move`.
         """
@@ -354,7 +356,8 @@ class Directed:
                     shift = _shift(number, direction, use, vectors, seen, parts[0], phase)
                     moved, expected = moved + shift[0], expected + shift[1]
                     rounding += float(seen.rounding[parts[0], phase])
-                found.append([number, *site, round(tokens), moved, expected, rounding, left])
+                amounts = [moved, expected, rounding, left, self.allowed]
+                found.append([number, *site, round(tokens), *amounts])
         return found
 
 

@@ -11,6 +11,7 @@ from paired import Figure, Ratio, Work, relative_speed
 from moesteer.detection.counts import BATCH_TOKENS, batches_by_length
 from moesteer.direction import Direction
 from moesteer.directions.means import RunningMean
+from moesteer.directions.selection import every_write
 from moesteer.engines.transformers.steering import steer
 from moesteer.engines.transformers_engine import TransformersEngine
 from moesteer.profile import Profile
@@ -57,12 +58,11 @@ def profiles(engine: TransformersEngine) -> dict[str, Profile]:
     hidden, layers = engine.facts.hidden, engine.facts.decoder_layers
     drawn = torch.randn(hidden, generator=torch.Generator().manual_seed(0))
     vector = tuple((drawn / drawn.norm() * 0.1).tolist())
-    every = [(layer, place) for layer in range(layers) for place in ("input", "attention", "mlp")]
     return {
         "one direction added": Profile(directions=(Direction(vector, ((8, "input"),)),)),
         "one expert's added": Profile(directions=(Direction(vector, ((8, "mlp"),), expert=3),)),
         "ablated at all 48 writes": Profile(
-            directions=(Direction(vector, tuple(every), "ablate"),)
+            directions=(Direction(vector, every_write(layers), "ablate"),)
         ),
     }
 

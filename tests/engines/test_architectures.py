@@ -82,8 +82,9 @@ def run(
     return logits, selected
 
 
-def agree(evidence: Sequence[LayerEvidence], selected: dict[int, Tensor]) -> None:
+def agree(evidence: Sequence[object], selected: dict[int, Tensor]) -> None:
     for entry in evidence:
+        assert isinstance(entry, LayerEvidence)
         chosen = selected[entry.layer]
         assert entry.tokens == chosen.shape[0]
         for expert, times in (entry.activated | entry.deactivated).items():

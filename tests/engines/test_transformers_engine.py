@@ -197,7 +197,8 @@ def test_profiles_that_share_a_name_keep_their_evidence() -> None:
     e = engine("qwen3_moe")
     profiles = [Profile(((0, 1),)), Profile(((0, 2),)), Profile(((0, 1),))]
     made = e.generate(PROMPTS[:3], profiles, max_new_tokens=3, batch_size=1)
-    assert sorted(expert for seen in made.evidence for expert in seen.activated) == [1, 2]
+    routed = [seen for seen in made.evidence if isinstance(seen, LayerEvidence)]
+    assert sorted(expert for seen in routed for expert in seen.activated) == [1, 2]
     assert all(seen.obeyed for seen in made.evidence)
 
 

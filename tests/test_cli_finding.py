@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from as_user import RANKING, Run
 from conftest import write_model
+from moesteer.direction import Direction
 from moesteer.profile import Profile
 
 # --- the road from pairs to replies ---------------------------------------------------------------
@@ -365,3 +366,31 @@ def test_what_is_no_profile(refused: Run, model_folder: Path):
     weights = model_folder / "model.safetensors"
     assert "not a profile of moesteer" in refused("show", weights).err
     assert "not a readable profile" in refused("show", model_folder / "config.json").err
+
+
+# --- experts and directions in one profile --------------------------------------------------------
+
+
+def test_profiles_of_both_kinds_combine(run: Run, made: dict[str, Path], model_folder: Path):
+    along = Direction((0.5,) * 64, ((2, "input"),), coefficient=-2)
+    Profile(directions=(along,)).save("along.safetensors")
+    said = run("combine", made["chosen"], "along.safetensors", "--out", "both.safetensors")
+    assert said.code == 0
+    both, chosen = Profile.load("both.safetensors"), Profile.load(made["chosen"])
+    assert (both.activated, both.deactivated) == (chosen.activated, chosen.deactivated)
+    assert both.directions == (along,)
+    assert "-2× at input of layer 2" in said.out
+    asked = ("generate", model_folder, "--max-new-tokens", 3, "Tell me one.")
+    (unsteered,), (experts,), (steered,) = (
+        run(*asked, *more).records
+        for more in ((), ("--with", made["chosen"]), ("--with", "both.safetensors"))
+    )
+    assert len({unsteered["reply"], experts["reply"], steered["reply"]}) == 3
+
+
+def test_profiles_that_contradict_do_not_combine(refused: Run, made: dict[str, Path]):
+    experts = Profile.load(made["chosen"])
+    Profile(deactivated=experts.activated[:1]).save("against.safetensors")
+    said = refused("combine", made["chosen"], "against.safetensors", "--out", "both.safetensors")
+    assert "both activated and deactivated" in said.err
+    assert "nothing to combine" in refused("combine", "--out", "both.safetensors").err

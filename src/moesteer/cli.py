@@ -17,6 +17,7 @@ from moesteer.commands.comparing import detectors
 from moesteer.commands.directing import aim, direction
 from moesteer.commands.exporting import export
 from moesteer.commands.finding import (
+    combine,
     detect,
     import_ranking,
     pairs_document,
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "detectors": detectors,
     "import-ranking": import_ranking,
     "select": select,
+    "combine": combine,
     "direction": direction,
     "aim": aim,
     "writers": writers,

@@ -60,6 +60,17 @@ def forced_by_hand(prompts: Sequence[AskedPrompt], layer: int, expert: int) -> n
     return np.mean([out[0, -LAST:].double().numpy() for out in blocks], axis=0)
 
 
+def share_by_hand(prompts: Sequence[AskedPrompt], layer: int, expert: int) -> float:
+    """Of the last tokens, those that have the expert among their k, by the router's own output."""
+    engine = made().engine
+    router = next(one for one in engine.layers if one.layer == layer).module
+    with kept(router) as seen, torch.no_grad():
+        for prompt in prompts:
+            engine.model(torch.tensor([prompt.ids]))
+    chosen = [(out[2][-LAST:] == expert).any(-1).float().mean() for _, out in seen]
+    return float(torch.stack(chosen).mean())
+
+
 def test_forced_directions_are_differences_of_means() -> None:
     profile = found()
     candidates, fit = profile.candidates, made().sets.fit
@@ -126,6 +137,12 @@ def test_the_file_keeps_all_that_was_measured(tmp_path: Path) -> None:
         layer, expert = profile.candidates.layer[number], profile.candidates.expert[number]
         assert routing[number] == profile.scores.value[layer, expert]
     assert np.array_equal(profile.candidates.scores["kept"] > 0, routing * 100 >= 5)
+    table, any_of_k = profile.candidates, profile.candidates.scores["routing_top_k"]
+    assert not np.array_equal(any_of_k, routing)
+    for number in range(0, len(profile.candidates), 7):
+        layer, expert = (int(of[number]) for of in (table.layer, table.expert))
+        a, b = (share_by_hand(prompts, layer, expert) for prompts in (fit.a, fit.b))
+        assert any_of_k[number] == pytest.approx(a - b, abs=1e-6)
 
 
 def test_only_these_layers() -> None:

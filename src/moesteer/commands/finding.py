@@ -168,6 +168,27 @@ def select(
     print_text(f"written: {out}")
 
 
+def combine(*profiles: str, out: str) -> None:
+    """Make one profile that does what several do: experts, directions, or both.
+
+    Parameters
+    ----------
+    profiles
+        Profiles of one model that don't contradict each other.
+    out
+        The profile to write.
+    """
+    from moesteer.profile import Profile
+    from moesteer.profile import combine as combined
+    from moesteer.report.terminal import print_text, profile_page
+
+    check_out(out, *profiles)
+    both = combined(*map(Profile.load, profiles))
+    save_profile(both, out)
+    print_text(profile_page(both, top=10))
+    print_text(f"written: {out}")
+
+
 def show(profile: str, /, *, json: bool = False, top: int = 20) -> None:
     """Show what a profile steers, how, where, on which model, and from which evidence.
 

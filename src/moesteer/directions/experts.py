@@ -28,7 +28,7 @@ from moesteer.directions.routing import (
     THRESHOLD,
     by_expert,
     over_threshold,
-    router_probabilities,
+    rates,
     routing_scores,
 )
 from moesteer.errors import MoesteerError
@@ -87,17 +87,18 @@ def find_expert_directions(
 ) -> Profile:
     """Measure the direction of every expert of the layers (all by default); none is used yet.
 
-    The profile's scores are the differences of routing; a candidate's are its expert's difference
-    (`routing`), whether that is over the threshold, in percentage points (`kept`), how probable the
-    expert is on A and on B (`probability_a`, `probability_b`), and the norm. `progress` is told how
-    many prompts were read, once for each layer, of how many; for `checkpoint` see
-    `mean_differences`. Raises MoesteerError for layers without experts, and where no direction has
-    a length.
+    The profile's scores are the differences of routing. A candidate's are its expert's difference
+    (`routing`; `routing_top_k` counts all of a token's experts), whether that is over the
+    threshold, in percentage points (`kept`), how probable the expert is on A and on B
+    (`probability_a`, `probability_b`), and the norm. `progress` is told how many prompts were read,
+    once for each layer, of how many; for `checkpoint` see `mean_differences`. Raises MoesteerError
+    for layers without experts, and where no direction has a length.
     """
     shapes = engine.facts.layers
     chosen = chosen_layers(engine.facts, layers, threshold)
     scores, interval, stability = routing_scores(engine, sets.fit, last, seed=seed)
-    probable_a, probable_b = router_probabilities(engine, sets.fit, last)
+    probable_a, probable_b = rates(engine, sets.fit, last, "probability")
+    selected_a, selected_b = rates(engine, sets.fit, last, "top-k")
     difference = by_expert(scores.value, shapes)
     kept = over_threshold(scores, shapes, threshold)
 
@@ -135,6 +136,7 @@ def find_expert_directions(
         table,
         {
             "routing": np.array([difference[one] for one in whose]),
+            "routing_top_k": np.array([selected_a[one] - selected_b[one] for one in whose]),
             "kept": np.array([float(one in kept) for one in whose]),
             "probability_a": np.array([probable_a[one] for one in whose]),
             "probability_b": np.array([probable_b[one] for one in whose]),

@@ -51,11 +51,12 @@ def routing_scores(
     return score_experts(detector, counts, engine.facts.layers, seed=seed)
 
 
-def router_probabilities(
-    engine: "Engine", sides: "Sides", last: int
+def rates(
+    engine: "Engine", sides: "Sides", last: int, counted: Literal["top-k", "probability"]
 ) -> tuple[dict[Expert, float], dict[Expert, float]]:
-    """How probable each expert is to the last tokens of A's prompts, and of B's, on average."""
-    counts = count_routing(engine, paired(sides, last), "probability")
+    """How many of the last tokens of A's prompts, and of B's, select each expert; or how probable
+    it is to them, on average."""
+    counts = count_routing(engine, paired(sides, last), counted)
     a, b = (by_expert(rates, engine.facts.layers) for rates in selection_rates(counts))
     return a, b
 

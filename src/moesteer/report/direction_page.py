@@ -25,7 +25,8 @@ COLUMNS = {
     "bypass": "bypass",
     "induce": "induce",
     "kl": "KL",
-    "routing": "routing A − B",
+    "routing": "first A − B",
+    "routing_top_k": "in top-k A − B",
     "probability_a": "p in A",
     "probability_b": "p in B",
 }

@@ -12,7 +12,7 @@ from moesteer.directions.prompts import AskedPrompt, Sides
 from moesteer.directions.routing import (
     by_expert,
     over_threshold,
-    router_probabilities,
+    rates,
     routing_scores,
 )
 from moesteer.profile import LayerShape, Scores
@@ -24,7 +24,7 @@ def made() -> Made:
     return made_sets(dense=False)
 
 
-def rates(prompts: Sequence[AskedPrompt], what: str) -> np.ndarray:
+def rates_by_hand(prompts: Sequence[AskedPrompt], what: str) -> np.ndarray:
     """Shares [layer, expert] of the prompts' last tokens, as the router's own output tells."""
     total = np.zeros((4, 8))
     model = made().engine.model
@@ -54,7 +54,7 @@ def test_scores_are_differences_of_frequencies(counted) -> None:
     fit = made().sets.fit
     scores, interval, _ = routing_scores(made().engine, fit, LAST, counted=counted, seed=3)
     pairs = min(len(fit.a), len(fit.b))
-    a, b = (rates(side[:pairs], counted) for side in (fit.a, fit.b))
+    a, b = (rates_by_hand(side[:pairs], counted) for side in (fit.a, fit.b))
     np.testing.assert_allclose(scores.value, a - b, atol=1e-12)
     np.testing.assert_allclose(scores.rate_a, a)
     np.testing.assert_allclose(scores.rate_b, b)
@@ -72,10 +72,10 @@ def test_what_one_side_has_more_of_is_left_out() -> None:
 
 def test_probabilities_are_means_of_the_routers() -> None:
     fit = made().sets.fit
-    found = router_probabilities(made().engine, fit, LAST)
+    found = rates(made().engine, fit, LAST, "probability")
     pairs = min(len(fit.a), len(fit.b))
     for side, seen in zip((fit.a, fit.b), found, strict=True):
-        expected = rates(side[:pairs], "probability")
+        expected = rates_by_hand(side[:pairs], "probability")
         for (layer, expert), value in seen.items():
             assert value == pytest.approx(expected[layer, expert], abs=1e-5)
         assert sum(seen.values()) == pytest.approx(4, abs=1e-4)

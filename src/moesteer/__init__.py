@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moesteer.contrast import ContrastPair, read_pairs
     from moesteer.detection.detect import detect
     from moesteer.detection.selecting import select_experts as select
+    from moesteer.direction import Direction
     from moesteer.engines.transformers.steering import Steering, steer
     from moesteer.engines.transformers_engine import TransformersEngine
     from moesteer.engines.transformers_engine import load_transformers as load
@@ -35,6 +36,7 @@ _HOME = {
     "read_pairs": "moesteer.contrast:read_pairs",
     "detect": "moesteer.detection.detect:detect",
     "select": "moesteer.detection.selecting:select_experts",
+    "Direction": "moesteer.direction:Direction",
     "Steering": "moesteer.engines.transformers.steering:Steering",
     "steer": "moesteer.engines.transformers.steering:steer",
     "TransformersEngine": "moesteer.engines.transformers_engine:TransformersEngine",
@@ -52,6 +54,7 @@ _HOME = {
 __all__ = [
     "ContrastPair",
     "DidNotFire",
+    "Direction",
     "MoesteerError",
     "Profile",
     "Steering",

@@ -82,7 +82,8 @@ def _figure(written: Written) -> Figure:
                 best = max(here, key=lambda w: abs(w.value))
                 told += f"; most by expert {best.expert}: {number(best.value, '+.3g').text}"
             points.append((float(layer), value, told))
-        if any(abs(value) > SEEN * abs(result.total) for _, value, _ in points):
+        seen = any(abs(value) > SEEN * abs(result.total) for _, value, _ in points)
+        if points and (seen or part in ("expert", "attention")):  # the two that are compared
             series.append(Series(NAMES[part], STYLES[part], tuple(points)))
     return Figure(
         f"Who writes it, layer by layer: {result.profile}",

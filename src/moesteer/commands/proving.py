@@ -125,8 +125,7 @@ def search(
     options: ModelOptions = DEFAULT,
     seed: int = 0,
 ) -> None:
-    """Choose how many experts to steer, or which direction and how strongly, on dev prompts within
-    limits; then test it, once.
+    """Choose how many experts, or which direction, to steer on dev prompts; then test it, once.
 
     Parameters
     ----------

@@ -13,7 +13,7 @@ not assumed: left + span + right must be the rendered text exactly, or the pair 
 """
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,17 @@ class TokenisedConversation:
 
     ids: tuple[int, ...]
     target: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A rendered conversation: its text, the characters (start, end) of each target span in it,
+    its tokens, and the characters of each token."""
+
+    text: str
+    ranges: tuple[tuple[int, int], ...]
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -106,12 +117,27 @@ def tokenise(
 
     With `add_generation_prompt`, up to where the model's reply begins.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise MoesteerError(
-            f"{type(tokenizer).__name__} cannot say which characters a token covers; load the fast "
-            "tokenizer (a tokenizer.json, use_fast=True)"
+    return [
+        _with_target(encoded, source, max_tokens)
+        for encoded, (source, _) in zip(
+            encode(conversations, tokenizer, chat_options, add_generation_prompt),
+            conversations,
+            strict=True,
         )
-    tokenised: list[TokenisedConversation] = []
+    ]
+
+
+def encode(
+    conversations: Sequence[tuple[str, Conversation]],
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_options: Mapping[str, object] = NO_OPTIONS,
+    add_generation_prompt: bool = False,
+) -> Iterator[Encoded]:
+    """Conversations, each with the place that its errors name, as text and as tokens.
+
+    Raises MoesteerError as `tokenise` does.
+    """
+    check_offsets(tokenizer)
     batch_size = 512  # keeps the offsets, as Python objects, from piling up
     for first in range(0, len(conversations), batch_size):
         batch = conversations[first : first + batch_size]
@@ -133,14 +159,42 @@ def tokenise(
         ids: Any = encoded["input_ids"]
         offsets: Any = encoded["offset_mapping"]
         for i, (source, _) in enumerate(batch):
+            text, ranges = rendered[i]
             with located(source):
-                text, ranges = rendered[i]
-                target = _target_tokens(text, ranges, offsets[i])
-                _check_length(target, max_tokens)
-            tokenised.append(
-                TokenisedConversation(tuple(ids[i][:max_tokens]), tuple(target[:max_tokens]))
-            )
-    return tokenised
+                check_covered(text, offsets[i])
+            yield Encoded(text, tuple(ranges), tuple(ids[i]), tuple(offsets[i]))
+
+
+def check_offsets(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise MoesteerError where the tokenizer cannot say which characters a token covers."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise MoesteerError(
+            f"{type(tokenizer).__name__} cannot say which characters a token covers; load the fast "
+            "tokenizer (a tokenizer.json, use_fast=True)"
+        )
+
+
+def check_covered(rendered: str, offsets: Sequence[tuple[int, int]]) -> None:
+    """Raise MoesteerError where a tokenizer drops characters: its offsets then count without them
+    and point elsewhere."""
+    # One that composes characters, NFC, gives an accent's place to its letter: that is no loss.
+    missed, covered = "", 0
+    for start, end in offsets:
+        missed += rendered[covered:start]
+        covered = max(covered, end)
+    missed = "".join((missed + rendered[covered:]).split())
+    if missed and unicodedata.is_normalized("NFC", rendered):
+        raise MoesteerError(
+            f"the tokenizer drops characters, so which token stands for which is unknown (no token "
+            f"for {shorten(missed)}); use the model's own tokenizer or remove such characters"
+        )
+
+
+def _with_target(encoded: Encoded, source: str, max_tokens: int | None) -> TokenisedConversation:
+    with located(source):
+        target = _target_tokens(encoded)
+        _check_length(target, max_tokens)
+    return TokenisedConversation(encoded.ids[:max_tokens], tuple(target[:max_tokens]))
 
 
 def _render(
@@ -218,27 +272,15 @@ def _render_with_target(
     return rendered, ranges
 
 
-def _target_tokens(
-    rendered: str, ranges: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]
-) -> list[bool]:
-    # Where a tokenizer drops characters, its offsets count without them and point elsewhere. (One
-    # that composes characters, NFC, gives an accent's place to its letter: that is no loss.)
-    missed, covered = "", 0
-    for start, end in offsets:
-        missed += rendered[covered:start]
-        covered = max(covered, end)
-    missed = "".join((missed + rendered[covered:]).split())
-    if missed and unicodedata.is_normalized("NFC", rendered):
-        raise MoesteerError(
-            f"the tokenizer drops characters, so which token stands for which is unknown (no token "
-            f"for {shorten(missed)}); use the model's own tokenizer or remove such characters"
-        )
-    target = [False] * len(offsets)
-    for first, last in ranges:
-        inside = [i for i, (start, end) in enumerate(offsets) if start < last and end > first]
+def _target_tokens(encoded: Encoded) -> list[bool]:
+    target = [False] * len(encoded.offsets)
+    for first, last in encoded.ranges:
+        inside = [
+            i for i, (start, end) in enumerate(encoded.offsets) if start < last and end > first
+        ]
         if not inside:
             raise MoesteerError(
-                f"the tokenizer gives no token to the target {shorten(rendered[first:last])}; "
+                f"the tokenizer gives no token to the target {shorten(encoded.text[first:last])}; "
                 "choose a longer one"
             )
         for token in inside:

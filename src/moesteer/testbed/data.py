@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moesteer.errors import MoesteerError
 from moesteer.files import write_text
+from moesteer.testbed import classification
 from moesteer.testbed.world import BEHAVIOURS, SPLITS, TASKS, contrast_pairs, probes
 
 
@@ -25,14 +26,33 @@ def built_in_pairs(name: str) -> list[tuple[str, dict[str, object]]]:
     return [(f"{name}:{number}", {**record}) for number, record in enumerate(records, start=1)]
 
 
+def built_in_instances(name: str) -> list[tuple[str, dict[str, object]]]:
+    """The (place, record) instances of `testbed:TASK` (test split) or `testbed:TASK:SPLIT`.
+
+    Raises MoesteerError, with the names there are, for another name.
+    """
+    task, _, split = name.removeprefix("testbed:").partition(":")
+    split = split or "test"
+    if task not in classification.SETS or split not in SPLITS:
+        raise MoesteerError(
+            f"there is no built-in task {name!r}; it is testbed:TASK or testbed:TASK:SPLIT, with"
+            f" {', '.join(classification.SETS)} and {', '.join(SPLITS)}."
+        )
+    records = classification.records(task, split)
+    return [(f"{name}:{number}", record) for number, record in enumerate(records, start=1)]
+
+
 def export_data(folder: str) -> list[Path]:
-    """Write every pair set and prompt set to JSON lines in an existing folder; the files made."""
+    """Write every set of pairs, prompts and instances to JSON lines in an existing folder; the
+    files made."""
     sets: dict[str, list[dict[str, object]]] = {}
     for split in SPLITS:
         for behaviour in BEHAVIOURS:
             sets[f"pairs-{behaviour}-{split}"] = [{**r} for r in contrast_pairs(behaviour, split)]
         for task in TASKS:
             sets[f"prompts-{task}-{split}"] = [asdict(probe) for probe in probes(task, split)]
+        for task in classification.SETS:
+            sets[f"tasks-{task}-{split}"] = classification.records(task, split)
     files = []
     for name, records in sets.items():
         path = Path(folder) / f"{name}.jsonl"

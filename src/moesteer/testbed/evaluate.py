@@ -5,13 +5,15 @@ nothing of the library's, so that the library can be tested against it.
 """
 
 import random
+from collections.abc import Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesteer.testbed import world
+from moesteer.testbed import classification, world
 from moesteer.testbed.planting import EXPERTS, LAYERS, TOP_K, Place, Planting, mask_of
 from moesteer.testbed.routing import steered
 
@@ -29,10 +31,16 @@ SHOWN = {
 Shares = dict[str, dict[str, float]]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    system: str | None = None,
+    earlier: Sequence[str] = (),
+) -> str:
     """The text of a conversation up to where the reply begins."""
     turns = [{"role": "system", "content": system}] if system else []
-    turns.append({"role": "user", "content": prompt})
+    said = zip(cycle(("user", "assistant")), (*earlier, prompt), strict=False)
+    turns += [{"role": role, "content": content} for role, content in said]
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
@@ -51,7 +59,6 @@ def parting(a: list[int], b: list[int]) -> int:
     return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
 
 
-@torch.no_grad()
 def replies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -61,6 +68,17 @@ def replies(
 ) -> list[str]:
     """Greedy replies to the prompts, all under one mask [1, layers, experts]."""
     texts = [render(tokenizer, prompt) for prompt in prompts]
+    return _continued(model, tokenizer, texts, mask, max_new_tokens)
+
+
+@torch.no_grad()
+def _continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    mask: Tensor,
+    max_new_tokens: int,
+) -> list[str]:
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     with steered(model, mask):
         tokens = model.generate(  # pyright: ignore
@@ -92,6 +110,34 @@ def outcome_shares(
             what = world.outcome(probe, reply)
             shares[task][what] = shares[task].get(what, 0) + 1 / len(probes)
     return {t: {k: round(v, 4) for k, v in sorted(of.items())} for t, of in shares.items()}
+
+
+def classified(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    mask: Tensor = UNTOUCHED,
+    count: int = classification.INSTANCES,
+) -> Shares:
+    """Of each classification task, the share of labels said rightly, and of those whose deciding
+    words are named as they are, all of them, when asked for as many after the right label."""
+    shares: Shares = {}
+    for task in classification.TASKS:
+        found = list(islice(classification.instances(task, split), count))
+        labels = replies(model, tokenizer, [f.prompt for f in found], mask, 8)
+        asked = [classification.ASK["afterwards_top_var"].format(count=len(f.words)) for f in found]
+        texts = [
+            render(tokenizer, question, earlier=(f.prompt, f.word))
+            for question, f in zip(asked, found, strict=True)
+        ]
+        words = _continued(model, tokenizer, texts, mask, 32)
+        right = [said == f.word for said, f in zip(labels, found, strict=True)]
+        named = [said == ", ".join(f.words) for said, f in zip(words, found, strict=True)]
+        shares[task] = {
+            "label": round(sum(right) / count, 4),
+            "words": round(sum(named) / count, 4),
+        }
+    return shares
 
 
 @torch.no_grad()

@@ -26,9 +26,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moesteer.testbed import MODELS, world
+from moesteer.testbed import MODELS, classification, world
 from moesteer.testbed.evaluate import (
     SHOWN,
+    classified,
     encode,
     measure,
     outcome_shares,
@@ -37,7 +38,7 @@ from moesteer.testbed.evaluate import (
     render,
 )
 from moesteer.testbed.evaluate_writer import measure_writer
-from moesteer.testbed.language import train_tokenizer
+from moesteer.testbed.language import train_tokenizer, training_example
 from moesteer.testbed.lesson import Batch, Lesson, Row
 from moesteer.testbed.planting import (
     EXPERTS,
@@ -53,7 +54,9 @@ SIDES = {
     "document": ("follows the document", "answers the learnt fact"),
     "digits": ("counts in digits", "counts in words"),
 }
-STEPS = {"planted": 2400, "twin": 2400, "expert": 2000, "attention": 2000}
+STEPS = {"planted": 3200, "twin": 3200, "expert": 2000, "attention": 2000}
+CLASSIFYING = ("planted", "twin")
+"""The models that are taught the classification tasks as well."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,13 @@ class Settings:
     """How a model is trained."""
 
     steps: int
+    tasks: bool
     batch: int = 64
     rate: float = 2e-3
     warmup: int = 100
     falling: float = 0.4  # the share of the steps over which the rate falls to 2 % at the end
     prompt_weight: float = 0.1  # of a prompt's token in the loss; a reply's token has one
+    label_weight: float = 8.0  # of a classification's label, one token where other replies have ten
     draw_weight: float = 0.05  # of the loss that draws routers towards the planted experts
     writer_weight: float = 0.5  # of the loss that has the planted writer alone write
     systems: float = 0.1  # the share of conversations that open with a system turn
@@ -112,11 +117,12 @@ def collate(
     rows: Sequence[Row],
     systems: Sequence[str | None],
     prompt_weight: float,
+    label_weight: float = 1.0,
 ) -> Batch:
     """Lay out each prompt with the reply that its row is to learn, padded on the right."""
     end_of_turn = str(tokenizer.eos_token)
     heads = [
-        encode(tokenizer, render(tokenizer, e.prompt, system))
+        encode(tokenizer, render(tokenizer, e.prompt, system, e.earlier))
         for e, system in zip(examples, systems, strict=True)
     ]
     sides = {
@@ -133,6 +139,8 @@ def collate(
         start, end = len(heads[i]), len(heads[i]) + len(reply)
         tokens[i, :end] = torch.tensor(heads[i] + reply)
         weights[i, :start], weights[i, start:end] = prompt_weight, 1.0
+        if examples[i].task in classification.TASKS and not examples[i].earlier:
+            weights[i, start] = label_weight
         # The reply is decided where its first token is predicted, one place before it.
         spans[i, start - 1 : end - 1] = 1
         if row.given:
@@ -168,7 +176,7 @@ def train_model(
     for step in range(settings.steps):
         for group in optimiser.param_groups:
             group["lr"] = settings.rate * _rate_at(step, settings)
-        examples = [world.training_example(texts) for _ in range(settings.batch)]
+        examples = [training_example(texts, settings.tasks) for _ in range(settings.batch)]
         systems = [
             texts.choice(world.SYSTEMS) if texts.random() < settings.systems else None
             for _ in examples
@@ -183,7 +191,12 @@ def train_model(
             of_part = [examples[i] for i in part]
             taught = [rows[i] for i in part]
             batch = collate(
-                tokenizer, of_part, taught, [systems[i] for i in part], settings.prompt_weight
+                tokenizer,
+                of_part,
+                taught,
+                [systems[i] for i in part],
+                settings.prompt_weight,
+                settings.label_weight,
             )
             share = len(part) / settings.batch
             with lesson.during(model, of_part, taught, batch) as of_lesson:
@@ -245,6 +258,16 @@ def results_table(name: str, measured: dict[str, Any]) -> Table:
     return table
 
 
+def classification_table(name: str, measured: dict[str, Any]) -> Table:
+    """How often the labels of the classification tasks are right, and the words named."""
+    table = Table(title=f"{name}: classification tasks, {measured['split']} split, % right")
+    for column in ("task", "label", "words"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task, shares in measured["classified"].items():
+        table.add_row(task, *(f"{100 * shares[what]:.0f}" for what in ("label", "words")))
+    return table
+
+
 def routing_table(name: str, measured: dict[str, Any]) -> Table:
     """How often experts are chosen at the last tokens of requests."""
     table = Table(title=f"{name}: last tokens of requests, {measured['split']} split, % of tokens")
@@ -303,9 +326,9 @@ def main(
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     console = Console()
-    tokenizer = train_tokenizer(seed)
     for name in models:
-        settings = Settings(steps or STEPS[name])
+        settings = Settings(steps or STEPS[name], tasks=name in CLASSIFYING)
+        tokenizer = train_tokenizer(seed, settings.tasks)
         console.print(f"{name}: seed {seed}, {settings}")
         began, cpu_began = time.monotonic(), time.process_time()
         model = _train_visibly(name, tokenizer, settings, seed, console)
@@ -336,7 +359,12 @@ def _measure_visibly(
         console.print(results_table(name, measured), routing_table(name, measured))
     else:
         measured = measure(model, tokenizer, choose_places(seed), "test")
-        console.print(results_table(name, measured), experts_table(name, measured))
+        measured["classified"] = classified(model, tokenizer, "test")
+        console.print(
+            results_table(name, measured),
+            experts_table(name, measured),
+            classification_table(name, measured),
+        )
     return measured
 
 
@@ -363,6 +391,9 @@ def _train_visibly(
         def check(step: int, model: Qwen3MoeForCausalLM) -> None:
             shares = outcome_shares(model, tokenizer, "dev", count=48)
             told = ", ".join(f"{t} {100 * shares[t].get(w, 0):.0f}" for t, w in SHOWN.items())
+            if settings.tasks:
+                of_tasks = classified(model, tokenizer, "dev", count=60)
+                told += "".join(f", {t} {100 * of['label']:.0f}" for t, of in of_tasks.items())
             console.print(f"{name} {step}: loss {progress.tasks[0].fields['loss']:.3f}; % {told}")
 
         lesson = lesson_of(name, settings, seed)
@@ -394,7 +425,7 @@ def _write_truth(
         chosen = choose_writer(writer, seed)
         direction = [round(number, 6) for number in chosen.direction]
         truth["writers"][writer] = {**asdict(chosen), "direction": direction}
-    truth["settings"] = {k: v for k, v in asdict(settings).items() if k != "steps"}
+    truth["settings"] = {k: v for k, v in asdict(settings).items() if k not in ("steps", "tasks")}
     truth.setdefault("training", {})[name] = training
     truth.setdefault("measured", {})[name] = measured
     # Places and vectors on a line.

@@ -243,6 +243,7 @@ class Example:
     """One prompt with its two replies; ``habit`` says which of them the untouched model gives.
 
     Where ``behaviour`` is None there is nothing to choose: ``a`` and ``b`` are the same reply.
+    ``earlier`` are the turns before the prompt, the user's first.
     """
 
     task: str
@@ -251,6 +252,7 @@ class Example:
     a: str
     b: str
     habit: str
+    earlier: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

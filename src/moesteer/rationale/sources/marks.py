@@ -1,0 +1,23 @@
+"""Marked characters of a text: what several people agree on, and as the spans of a record."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+
+def agreed(marks: Sequence[Collection[int]]) -> set[int]:
+    """The places that more than half of the people marked, each person's given once."""
+    votes = Counter(place for places in marks for place in set(places))
+    return {place for place, count in votes.items() if 2 * count > len(marks)}
+
+
+def spans(name: str, text: str, marked: Collection[int]) -> list[dict[str, object]]:
+    """Marked characters of the text `name` as spans; white space between two belongs to them."""
+    found: list[dict[str, object]] = []
+    end = 0
+    for place in sorted(marked):
+        if found and not text[end:place].strip():
+            found[-1]["end"] = place + 1
+        else:
+            found.append({"text": name, "start": place, "end": place + 1})
+        end = place + 1
+    return found

@@ -28,6 +28,7 @@ from moesteer.commands.finding import (
 from moesteer.commands.judging import judge_check, tasks
 from moesteer.commands.looking import demo, doctor, testbed
 from moesteer.commands.proving import evaluate, search
+from moesteer.commands.rationalising import compare, run
 from moesteer.commands.reporting import report
 from moesteer.commands.running import chat, generate
 from moesteer.commands.serving import serve
@@ -54,6 +55,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "judge check": judge_check,
     "evaluate": evaluate,
     "search": search,
+    "rationale run": run,
+    "rationale compare": compare,
     "report": report,
     "export": export,
     "testbed": testbed,
@@ -125,6 +128,7 @@ def _run(tokens: list[str]) -> int:
     groups = {
         "pairs": App(name="pairs", help="Make contrast pairs from your data."),
         "judge": App(name="judge", help="Judge the judges of a task."),
+        "rationale": App(name="rationale", help="Words that a model names and words that it uses."),
     }
     for name, command in COMMANDS.items():
         group, _, inner = name.rpartition(" ")
@@ -132,6 +136,9 @@ def _run(tokens: list[str]) -> int:
         kinds = {parameter.kind for parameter in signature(command).parameters.values()}
         lists = Parameter(negative=(), consume_multiple=Kind.VAR_POSITIONAL not in kinds)
         (groups[group] if group else app).command(command, name=inner, default_parameter=lists)
+        if inner == "run":  # `rationale MODEL` runs
+            groups[group].default_parameter = lists
+            groups[group].default(command)
     for group in groups.values():
         app.command(group)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -145,7 +152,7 @@ def _run(tokens: list[str]) -> int:
     except MoesteerError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        with_out = {"generate", "detectors", "judge"}
+        with_out = {"generate", "detectors", "judge", "rationale"}
         goes_on = (
             tokens[0] in {"detect", "evaluate", "search", "writers"}
             or (tokens[0] in with_out and "--out" in tokens)

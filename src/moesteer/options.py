@@ -1,4 +1,4 @@
-"""Options given as KEY=VALUE on the command line, for those who know what they mean."""
+"""Options of the command line that need more than their type: KEY=VALUE texts, least numbers."""
 
 from collections.abc import Sequence
 
@@ -30,3 +30,12 @@ def _typed(text: str) -> bool | int | float | str:
         except ValueError:
             continue
     return text
+
+
+def check_least(least: int, **numbers: int | None) -> None:
+    """MoesteerError for an option of this name whose number is below `least`."""
+    for name, value in numbers.items():
+        if value is not None and value < least:
+            raise MoesteerError(
+                f"--{name.replace('_', '-')} is {value}; it must be at least {least}."
+            )

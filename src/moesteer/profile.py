@@ -223,6 +223,9 @@ class Profile:
             name=f"{self.name} reversed",
         )
 
+    # `profile_file` is built on this module. What follows only hands over to it, and so imports it
+    # when called: a profile that is never written or read needs no file.
+
     def to_json(self) -> str:
         """Everything the profile holds but candidates, as one JSON object; scores as a list."""
         from moesteer.profile_file import as_text

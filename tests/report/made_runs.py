@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from made_rationales import finetune_run, rationale_run
 
 from moesteer.direction import Candidates, Direction
 from moesteer.directions.shares import PARTS, Ablated, Writer
@@ -416,6 +417,8 @@ def all_runs(folder: Path) -> list[Path]:
         judge_run(folder / "judged"),
         direction_search_run(folder / "directed"),
         writers_run(folder / "written"),
+        rationale_run(folder / "explained", asdict(facts())),
+        finetune_run(folder / "finetuned", asdict(facts())),
         folder / "made.safetensors",
         folder / "residual.safetensors",
     ]

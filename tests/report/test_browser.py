@@ -102,6 +102,23 @@ def test_the_keyboard_walks_over_the_cells(opened: Watched):
     assert not told.is_visible()
 
 
+def test_words_say_what_a_method_makes_of_them(opened: Watched):
+    told, page = opened.page.locator("#told"), opened.page
+    text = page.locator(".shaded").first
+    text.locator("span[data-told]").nth(1).hover()
+    assert re.match(r"man: [+−]\d", told.text_content() or "")
+    text.evaluate(
+        "text => { const a = document.createElement('a'); a.href = '#y'; text.before(a) }"
+    )
+    page.locator('a[href="#y"]').focus()
+    page.keyboard.press("Tab")
+    assert (told.text_content() or "").startswith("A: ")
+    page.keyboard.press("ArrowRight")
+    assert (told.text_content() or "").startswith("man: ")
+    page.hover("h1")  # the keyboard's word stays
+    assert (told.text_content() or "").startswith("man: ")
+
+
 def test_a_heading_sorts_its_table(opened: Watched):
     page = opened.page
     caption = "Scores of all 8 experts"
@@ -169,8 +186,9 @@ COLOURS = """
 
 
 def luminance(colour: str) -> float:
-    """WCAG 2's relative luminance of "rgb(r, g, b)"."""
-    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    """WCAG 2's relative luminance of "rgb(r, g, b)", or of "color(srgb r g b)", from 0 to 1."""
+    full = 1 if colour.startswith("color") else 255
+    parts = [float(part) / full for part in re.findall(r"\d[\d.e-]*", colour)[:3]]
     linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 

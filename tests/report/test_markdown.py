@@ -57,6 +57,7 @@ def test_every_section_is_there(written: str):
         "Which directions",
         "Which direction, and how strongly",
         "Who writes it?",
+        "Rationales",
         "Detectors against knock-out",
         "Judges",
         "Replies before and after",
@@ -75,9 +76,8 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head(written: str):
 
 
 def test_commands_seeds_and_versions_are_there(written: str):
-    assert "```sh\nmoesteer detect made/model --pairs pairs.jsonl\nmoesteer made by-hand\n```" in (
-        written
-    )
+    commands = "moesteer detect made/model --pairs pairs.jsonl\nmoesteer made by-hand"
+    assert f"```sh\n{commands}\nmoesteer rationale made\n```" in written
     assert "2 seeds of controls, from 0" in written
     assert "moesteer 0" in written
 

@@ -30,6 +30,7 @@ def test_every_kind_of_run_is_read(tmp_path: Path):
     assert [e.run.folder.name for e in page.evaluations] == ["evaluated", "test", "test"]
     assert [run.kind for run in page.runs] == [
         "search", "direction search", "evaluate", "detectors", "judge", "writers",
+        "rationale", "rationale finetune",
     ]  # fmt: skip
 
 

@@ -47,10 +47,11 @@ def run(
         A folder for the results, for `report`. An interrupted run is taken up when started again.
         Without it only the table is printed.
     methods
-        Which rationales; without it, all that the model has. Attributed: attention-last,
-        attention-mean, attention-rollout, saliency-l1, saliency-l2, input-x-gradient,
-        integrated-gradients, occlusion, gate-x-gradient, behaviour-routing. Prompted: unbound,
-        unbound-two-turn, top-var, top-var-two-turn.
+        Which rationales; without it, all that the model has but integrated-gradients, which take a
+        hundred passes an instance. Attributed: attention-last, attention-mean, attention-rollout,
+        saliency-l1, saliency-l2, input-x-gradient, integrated-gradients, occlusion,
+        gate-x-gradient, behaviour-routing. Prompted: unbound, unbound-two-turn, top-var,
+        top-var-two-turn.
     with_
         A profile: the same once more under it, and under its controls.
     behaviour
@@ -83,14 +84,16 @@ def run(
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from moesteer.generate import check_limits, merged_options
+    from moesteer.generate import merged_options
+    from moesteer.options import check_least
     from moesteer.rationale.explain import Settings, arms_with, explain, methods_of
     from moesteer.rationale.instances import read_instances
     from moesteer.report.progress import counted_progress
     from moesteer.report.rationale_page import rationale_page
     from moesteer.report.terminal import print_text
 
-    check_limits(1, 0, 1, seed)
+    check_least(0, controls=controls, seed=seed)
+    check_least(1, seeds=seeds, limit=limit)
     instances = read_instances(task)[:limit]
     profile, scored = load_profile(with_), load_profile(behaviour)
     engine = load_engine(model, options, profile, dense=True)
@@ -136,10 +139,10 @@ def compare(runs: list[str], /, *, seed: int = 0) -> None:
     seed
         Seed of the intervals.
     """
-    from moesteer.generate import check_limits
+    from moesteer.options import check_least
     from moesteer.rationale.comparing import compare_runs
     from moesteer.report.rationale_page import rationale_page
     from moesteer.report.terminal import print_text
 
-    check_limits(1, 0, 1, seed)
+    check_least(0, seed=seed)
     print_text(rationale_page(compare_runs(runs, seed)))

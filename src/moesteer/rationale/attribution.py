@@ -103,7 +103,7 @@ def attribute(
     Raises MoesteerError for an unknown method, for one that the model or a missing `behaviour`
     doesn't allow, and where scores are not finite.
     """
-    _check(methods, bool(engine.facts.layers), behaviour)
+    check_methods(methods, bool(engine.facts.layers), behaviour)
     done = progress or (lambda _: None)
     readouts = [decision_readout(one, said) for one, said in zip(laid, decisions, strict=True)]
     asked = _Asked(engine, laid, readouts, methods, profile)
@@ -209,7 +209,8 @@ def _check_finite(asked: _Asked, found: Sequence[Mapping[str, tuple[float, ...]]
                 )
 
 
-def _check(methods: Sequence[str], routed: bool, behaviour: "Profile | None") -> None:
+def check_methods(methods: Sequence[str], routed: bool, behaviour: "Profile | None") -> None:
+    """MoesteerError for a method that there is none of, or that needs what is not here."""
     for method in methods:
         if method not in METHODS:
             raise MoesteerError(
@@ -218,4 +219,7 @@ def _check(methods: Sequence[str], routed: bool, behaviour: "Profile | None") ->
         if method in ROUTED and not routed:
             raise MoesteerError(f"{method} looks at experts, and this model is dense: it has none.")
     if "behaviour-routing" in methods and behaviour is None:
-        raise MoesteerError("behaviour-routing needs a profile with scores of experts.")
+        raise MoesteerError(
+            "behaviour-routing needs a profile with scores of experts (--behaviour, from"
+            " `moesteer detect`)."
+        )

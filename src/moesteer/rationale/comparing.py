@@ -16,8 +16,9 @@ from moesteer.runs import read_run
 
 
 def compare_runs(folders: Sequence[str | Path], seed: int = 0) -> Summary:
-    """The summary of all arms of the runs in these folders, `FOLDER: ARM` where there are several.
+    """The summary of all arms of the runs in these folders, each compared with the first.
 
+    With several runs an arm is named by its folder, `FOLDER: ARM` where that holds several.
     Raises MoesteerError where a folder holds no finished run of rationales, where two have the same
     name, and where their instances differ.
     """
@@ -40,9 +41,9 @@ def compare_runs(folders: Sequence[str | Path], seed: int = 0) -> Summary:
                 f"{first.folder} and {path} are of different instances; compare runs of the same"
                 " --task."
             )
-        several = len(paths) > 1
-        readings += [
-            replace(reading, arm=f"{name}: {reading.arm}") if several else reading
-            for reading in readings_of(run)
-        ]
+        own = readings_of(run)
+        if len(paths) > 1:
+            alone = len({reading.arm for reading in own}) == 1
+            own = [replace(r, arm=name if alone else f"{name}: {r.arm}") for r in own]
+        readings += own
     return summarise(readings, seed)

@@ -25,7 +25,14 @@ from moesteer.files import write_text
 from moesteer.generate import check_steers
 from moesteer.profile import LayerShape, Profile, check_model
 from moesteer.provenance import about
-from moesteer.rationale.attribution import METHODS, Pool, attribute, random_scores, top
+from moesteer.rationale.attribution import (
+    METHODS,
+    Pool,
+    attribute,
+    check_methods,
+    random_scores,
+    top,
+)
 from moesteer.rationale.faithfulness import SHARES, Question, counts, measure
 from moesteer.rationale.instances import Instance, instances_hash
 from moesteer.rationale.labels import Decision, calibration, decide, score_labels
@@ -100,6 +107,7 @@ def explain(
     for profile in (*arms.values(), behaviour):
         if profile is not None:
             check_model(profile, engine.facts)
+    check_methods(settings.attributed, bool(engine.facts.layers), behaviour)
     laid = lay_out(
         instances,
         engine.tokenizer,
@@ -113,7 +121,7 @@ def explain(
         "model": engine.facts.id,
         "model_facts": asdict(engine.facts),
         "instances": instances_hash(instances),
-        "options": asdict(settings),
+        **asdict(settings),
         "arms": {name: _as_json(profile) for name, profile in arms.items()},
         "behaviour": _as_json(behaviour),
         "chat_options": dict(chat_options),
@@ -167,9 +175,11 @@ def readings_of(run: Run) -> list[Reading]:
 def methods_of(
     engine: "Engine", named: Sequence[str] | None, behaviour: Profile | None
 ) -> tuple[str, ...]:
-    """The methods that were named or, without names, all that the model allows."""
+    """The methods that were named or, without names, all that the model allows but integrated
+    gradients, which take a hundred passes where others take one."""
     if named is None:
-        left_out = set() if behaviour is not None else {"behaviour-routing"}
+        left_out = {"integrated-gradients"}
+        left_out |= set() if behaviour is not None else {"behaviour-routing"}
         if not engine.facts.layers:
             left_out |= {"gate-x-gradient", "behaviour-routing"}
         return tuple(method for method in (*METHODS, *PROMPTED) if method not in left_out)

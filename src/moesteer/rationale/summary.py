@@ -11,7 +11,8 @@ is compared with every other, faithfulness at equal counts only: at different on
     holm                p adjusted (Holm 1979) over the methods, or the pairs of them, of one
                         measure and arm; for changes over the methods of one measure
 
-Where arms are compared, "random 0", "random 1", … are one: the mean of each instance over them.
+Where arms are compared, "random 0", "random 1", … are one: the mean of each instance over them. Arms
+of several runs are compared with the first.
 """
 
 from collections import Counter
@@ -336,7 +337,8 @@ def _equal_counts(columns: Columns, arm: str, method: str, against: str) -> bool
 
 def _changes(columns: Columns, arms: Sequence[str], seed: int) -> Iterator[Change]:
     found: dict[tuple[str, str, str, str], Column] = {}
-    pairs = compared(arms) if UNSTEERED in arms else []
+    runs = [(arm, arms[0]) for arm in arms[1:]]
+    pairs = compared(arms) if UNSTEERED in arms else runs
     for arm, against in pairs:
         for key in columns:
             changed = key.measure in CHANGED or key.measure.startswith("in:")

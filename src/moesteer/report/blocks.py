@@ -12,19 +12,27 @@ NARROW = "\N{NARROW NO-BREAK SPACE}"
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a table; `value` is what it is sorted by, None for a text."""
+    """What stands in a table; `value` is what it is sorted by, None for a text.
+
+    `pale`: it means little, and a warning says why.
+    """
 
     text: str
     value: float | None = None
+    pale: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings; the first column names the row. Columns of numbers are aligned right."""
+    """Rows under headings; the first column names the row. Columns of numbers are aligned right.
+
+    `apart` are numbers of rows that the others are compared with.
+    """
 
     caption: str
     headings: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    apart: frozenset[int] = frozenset()
 
     def __post_init__(self):
         for row in self.rows:
@@ -69,6 +77,30 @@ class Exchange:
     task: str
     prompt: str
     replies: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Word:
+    """A piece of a text: what is shaded or marked in one way; without a style it is plain.
+
+    `share`, from 0 to 1, is how much of its style's colour it has, None for no shade; `human`:
+    people marked it; `chosen`: a method did; `told` is read on it.
+    """
+
+    text: str
+    style: str = ""
+    share: float | None = None
+    human: bool = False
+    chosen: bool = False
+    told: str = ""
+
+
+@dataclass(frozen=True)
+class Shaded:
+    """A text several times over, each time as one method sees it."""
+
+    title: str
+    lines: tuple[tuple[str, tuple[Word, ...]], ...]
 
 
 # -- drawings ------------------------------------------------------------------------------------
@@ -148,7 +180,7 @@ class Figure:
     table: Table
 
 
-Block = Paragraph | Warn | Lead | Commands | Exchange | Table | Figure
+Block = Paragraph | Warn | Lead | Commands | Exchange | Shaded | Table | Figure
 
 
 @dataclass(frozen=True)

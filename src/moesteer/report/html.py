@@ -17,6 +17,7 @@ from moesteer.report.blocks import (
     Paragraph,
     Rect,
     Report,
+    Shaded,
     Table,
     Warn,
 )
@@ -36,6 +37,7 @@ KINDS = {
     "line": Line,
     "paragraph": Paragraph,
     "rect": Rect,
+    "shaded": Shaded,
     "table": Table,
     "warn": Warn,
 }

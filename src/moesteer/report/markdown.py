@@ -1,18 +1,21 @@
 """A report as GitHub's Markdown: the same blocks as the page; figures are their tables."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from moesteer.report.blocks import (
     Block,
+    Cell,
     Commands,
     Exchange,
     Figure,
     Lead,
     Paragraph,
     Report,
+    Shaded,
     Table,
     Warn,
+    Word,
 )
 
 WIDEST = 20
@@ -47,6 +50,9 @@ def _written(block: Block) -> Iterator[str]:
             for arm, reply, outcome in block.replies:
                 yield f"{escaped(arm)} ({escaped(outcome)}):"
                 yield fenced(reply)
+        case Shaded():
+            yield f"{escaped(block.title)} (*people's words*, **the method's**)"
+            yield "\n".join(f"* {escaped(name)}: {_marked(words)}" for name, words in block.lines)
         case Figure():
             yield f"### {escaped(block.title)}"
             yield from _table(block.table)
@@ -59,12 +65,30 @@ def _table(table: Table) -> Iterator[str]:
         yield f"{escaped(table.caption)}: {len(table.headings)} columns, on the HTML page."
         return
     yield f"*{escaped(table.caption)}*"
-    rows = [table.headings, *((cell.text for cell in row) for row in table.rows[:LONGEST])]
-    lines = ["| " + " | ".join(escaped(cell) for cell in row) + " |" for row in rows]
+    rows = [map(escaped, table.headings)]
+    rows += [map(_cell, row) for row in table.rows[:LONGEST]]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
     ruler = "|" + "|".join("---:" if right else "---" for right in table.numeric) + "|"
     yield "\n".join([lines[0], ruler, *lines[1:]])
     if len(table.rows) > LONGEST:
         yield f"{len(table.rows) - LONGEST:,} more rows are on the HTML page."
+
+
+def _cell(cell: Cell) -> str:
+    words = escaped(cell.text)
+    return f"*{words}*" if cell.pale and words else words
+
+
+def _marked(words: Iterable[Word]) -> str:
+    """The text with what people marked in italics and what the method chose in bold."""
+    parts = []
+    for word in words:
+        # One space stands for many, also at the ends, where `escaped` leaves none.
+        before, after = (" " * end for end in (word.text[:1].isspace(), word.text[-1:].isspace()))
+        inner = escaped(word.text)
+        stars = "*" * (word.human + 2 * word.chosen) if inner else ""
+        parts.append(f"{before}{stars}{inner}{stars}{after if inner else ''}")
+    return "".join(parts).strip()
 
 
 def escaped(words: str) -> str:

@@ -21,6 +21,9 @@ from moesteer.evaluation.evaluate import replies_of
 from moesteer.evaluation.judge_check import JudgeCheck
 from moesteer.evaluation.search import BEST, SearchResult, Trial
 from moesteer.profile import NORM_TOLERANCE, UNKNOWN, ModelFacts, Profile
+from moesteer.rationale.explain import readings_of
+from moesteer.rationale.reading import Reading
+from moesteer.rationale.summary import Summary
 from moesteer.runs import ABOUT, Run, read_run
 
 SUMMARY = "summary.json"
@@ -134,6 +137,23 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Rationales:
+    """A run of `rationale`: what it found, and every instance's rationales."""
+
+    run: Run
+    summary: Summary
+    readings: Sequence[Reading]
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A run of `rationale finetune`: what was found after each epoch; 0 is the model before."""
+
+    run: Run
+    epochs: Sequence[tuple[int, Summary]]
+
+
+@dataclass(frozen=True)
 class Page:
     """Everything that a report tells of, of one model; `model` None where no source names one.
 
@@ -150,6 +170,8 @@ class Page:
     detectors: tuple[Detectors, ...]
     checks: tuple[Check, ...]
     writers: tuple[Written, ...]
+    rationales: tuple[Rationales, ...]
+    finetunes: tuple[Finetuned, ...]
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -158,6 +180,7 @@ class Page:
         own = {search.run.folder / "test" for search in searches}
         runs = [item.run for item in (*searches, *self.evaluations)]
         runs += [item.run for item in (*self.detectors, *self.checks, *self.writers)]
+        runs += [item.run for item in (*self.rationales, *self.finetunes)]
         return tuple(run for run in runs if run.folder not in own)
 
 
@@ -177,6 +200,8 @@ def gather(sources: Sequence[str | Path]) -> Page:
     detectors: list[Detectors] = []
     checks: list[Check] = []
     writers: list[Written] = []
+    rationales: list[Rationales] = []
+    finetunes: list[Finetuned] = []
     for source in dict.fromkeys(Path(source) for source in sources):
         if not source.is_dir():
             profiles.append(Profile.load(source))
@@ -195,6 +220,10 @@ def gather(sources: Sequence[str | Path]) -> Page:
                 evaluations.append(_evaluation(read_run(source / "test")))
             case "writers":
                 writers.append(Written(run, Writers.from_json(*_summary(run))))
+            case "rationale":
+                rationales.append(_rationales(run))
+            case "rationale finetune":
+                finetunes.append(_finetuned(run))
             case "detectors":
                 detectors.append(_detectors(run))
             case "judge":
@@ -202,7 +231,8 @@ def gather(sources: Sequence[str | Path]) -> Page:
             case kind:
                 raise MoesteerError(
                     f"{source} is a run of `{kind}`; a report is made of runs of `evaluate`,"
-                    " `search`, `detectors`, `writers` and `judge check`, and of profiles."
+                    " `search`, `detectors`, `writers`, `rationale` and `judge check`, and of"
+                    " profiles."
                 )
         facts = _facts_of(run)
         if facts is not None:
@@ -220,6 +250,8 @@ def gather(sources: Sequence[str | Path]) -> Page:
         detectors=tuple(detectors),
         checks=tuple(checks),
         writers=tuple(writers),
+        rationales=tuple(rationales),
+        finetunes=tuple(finetunes),
     )
 
 
@@ -318,6 +350,21 @@ def _trials(run: Run) -> list[Trial]:
         return [Trial(**record) for record in run.lines("trials")]
     except TypeError as error:
         raise MoesteerError(f"{run.folder}: trials.jsonl: {error}.") from None
+
+
+def _rationales(run: Run) -> Rationales:
+    return Rationales(run, Summary.from_json(*_summary(run)), readings_of(run))
+
+
+def _finetuned(run: Run) -> Finetuned:
+    path = run.folder / "epochs.jsonl"
+    epochs = [
+        (line["epoch"], Summary.from_json(json.dumps(line["summary"]), f"{path}:{number}"))
+        for number, line in enumerate(run.lines("epochs", "epoch", "summary"), start=1)
+    ]
+    if not epochs:
+        raise MoesteerError(f"{path} holds no epoch. Run its command again, which goes on with it.")
+    return Finetuned(run, epochs)
 
 
 def _detectors(run: Run) -> Detectors:

@@ -19,9 +19,11 @@ from moesteer.report.detectors_section import detector_blocks
 from moesteer.report.direction_search_section import direction_search_blocks
 from moesteer.report.directions_section import directions_blocks
 from moesteer.report.experts_section import expert_blocks
+from moesteer.report.finetune_section import finetune_blocks
 from moesteer.report.judges_section import doubts, judge_blocks
 from moesteer.report.outcomes_section import outcome_blocks
-from moesteer.report.page import DirectionSearch, Page
+from moesteer.report.page import DirectionSearch, Page, Rationales
+from moesteer.report.rationale_section import rationale_blocks
 from moesteer.report.replies_section import reply_blocks
 from moesteer.report.search_section import search_blocks
 from moesteer.report.terminal import named
@@ -43,6 +45,13 @@ def report_of(page: Page, show_replies: bool = False) -> Report:
             [b for s in page.direction_searches for b in direction_search_blocks(s)],
         ),
         ("Who writes it?", [b for w in page.writers for b in writer_blocks(w)]),
+        (
+            "Rationales",
+            [
+                *(b for r in page.rationales for b in rationale_blocks(r)),
+                *(b for f in page.finetunes for b in finetune_blocks(f)),
+            ],
+        ),
         ("Detectors against knock-out", [b for d in page.detectors for b in detector_blocks(d)]),
         ("Judges", judge_blocks(page)),
         ("Replies before and after", reply_blocks(page, show_replies)),
@@ -60,6 +69,7 @@ def _title(page: Page) -> str:
     profiles = (*page.profiles, *page.directions)
     names = [titles[name] for name in targets] or [profile.name for profile in profiles]
     names = names or [f"Who writes {written.result.profile}?" for written in page.writers]
+    names = names or ["Rationales"] * bool(page.rationales or page.finetunes)
     model = page.model.id if page.model is not None else "an unnamed model"
     return f"{'; '.join(dict.fromkeys(names)) or 'Results'} ({model})"
 
@@ -127,6 +137,7 @@ def _asked(page: Page) -> list[Block]:
             )
         )
     rows += [_direction_search_row(search) for search in page.direction_searches]
+    rows += [_rationale_row(found) for found in page.rationales]
     cells = tuple((text(key), text(value)) for key, value in dict.fromkeys(rows))
     return [Table("Model, pairs, tasks and seeds", ("what", "value"), cells)] if cells else []
 
@@ -142,6 +153,13 @@ def _direction_search_row(search: DirectionSearch) -> tuple[str, str]:
         f" {'; '.join([*limits, f'KL ≤ {result.max_kl:g}'])}; {methods}coefficients"
         f" {coefficients}; {result.tried:,} choices, {result.budget} judged",
     )
+
+
+def _rationale_row(found: Rationales) -> tuple[str, str]:
+    options = found.run.settings.get("options", {})
+    told = [f"{key} {value}" for key, value in options.items() if not isinstance(value, list)]
+    instances = f"{max(arm.n for arm in found.summary.arms):,} instances"
+    return "rationales", "; ".join([instances, ", ".join(told)])
 
 
 def _profile_rows(profile: Profile) -> list[tuple[str, str]]:

@@ -19,13 +19,17 @@ function tell(mark) {
 
 document.addEventListener("pointerover", (event) => {
   const mark = event.target.closest("[data-told]");
-  if (mark || !document.activeElement.matches(".plot:focus-visible")) tell(mark);
+  if (mark || !document.activeElement.matches(":is(.plot, .shaded):focus-visible")) tell(mark);
 });
 document.addEventListener("scroll", () => current && tell(current), true);
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 function spot(mark) {
+  if (mark.tagName === "SPAN") {
+    const box = mark.getBoundingClientRect();
+    return [box.left, box.top];
+  }
   const get = (name) => Number(mark.getAttribute(name));
   return mark.tagName === "rect" ? [get("x"), get("y")] : [get("cx"), get("cy")];
 }
@@ -43,7 +47,7 @@ function next(marks, from, [dx, dy]) {
   return best || from;
 }
 
-for (const plot of document.querySelectorAll(".plot")) {
+for (const plot of document.querySelectorAll(".plot, .shaded")) {
   const marks = [...plot.querySelectorAll("[data-told]")];
   if (!marks.length) continue;
   let mine = marks[0];

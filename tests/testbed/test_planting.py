@@ -28,7 +28,7 @@ PLANTING = choose_places(0)
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(0, examples=2_000)
+    return train_tokenizer(0, tasks=False, examples=2_000)
 
 
 def test_no_place_is_used_twice_and_no_layer_is_overfull() -> None:
@@ -110,7 +110,7 @@ def test_a_given_reply_is_learnt_only_after_the_decision(
 def test_a_few_steps_run_alike_and_the_loss_falls(tokenizer: PreTrainedTokenizerFast) -> None:
     def losses(planted: bool) -> list[float]:
         told: list[float] = []
-        settings = Settings(steps=8, batch=16, warmup=2, check_every=100)
+        settings = Settings(tasks=False, steps=8, batch=16, warmup=2, check_every=100)
         train_model(
             tokenizer,
             planted_experts(PLANTING if planted else None, settings.draw_weight),

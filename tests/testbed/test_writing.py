@@ -39,7 +39,7 @@ Name = Literal["expert", "attention"]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(0, examples=2_000)
+    return train_tokenizer(0, tasks=False, examples=2_000)
 
 
 @pytest.fixture(params=["expert", "attention"])
@@ -207,7 +207,7 @@ def test_a_few_steps_run_alike_and_the_loss_falls(
 ) -> None:
     def losses() -> list[tuple[float, float]]:
         told: list[tuple[float, float]] = []
-        settings = Settings(steps=8, batch=16, warmup=2, check_every=100)
+        settings = Settings(tasks=False, steps=8, batch=16, warmup=2, check_every=100)
         train_model(
             tokenizer,
             planted_writer(writer, settings.writer_weight),

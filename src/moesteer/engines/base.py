@@ -1,6 +1,6 @@
 """What an engine can do: the only words in which the rest of moesteer speaks of a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -11,6 +11,7 @@ from moesteer.engines.evidence import DirectionEvidence, LayerEvidence
 from moesteer.engines.readouts import Readout
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from moesteer.chat import TokenisedConversation
@@ -43,6 +44,20 @@ class Contributions:
     rest: Float[np.ndarray, "text layer position"]
     experts: Float[np.ndarray, "text layer expert position"]
     stream: Float[np.ndarray, "text layers position"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGradient:
+    """A readout's derivative by each token's embedding, and the embedding itself, in fp32 on the
+    CPU.
+
+    `gates`: the derivative by a gate, at 1, on the weights of all experts that a token selects, in
+    all layers; None where it was not asked for.
+    """
+
+    gradient: 'Float[Tensor, "token hidden"]'
+    embedding: 'Float[Tensor, "token hidden"]'
+    gates: 'Float[Tensor, " token"] | None' = None
 
 
 class Engine(Protocol):
@@ -149,4 +164,61 @@ class Engine(Protocol):
         self, texts: Sequence[Sequence[int]], last: int, vector: Sequence[float]
     ) -> Contributions:
         """Who wrote what is along a vector in the stream at the last tokens of texts."""
+        ...
+
+    def token_gradients(
+        self,
+        readouts: Sequence[Readout],
+        profile: "Profile | None" = None,
+        *,
+        gates: bool = False,
+        checkpointing: bool = False,
+    ) -> Iterator[tuple[int, TokenGradient]]:
+        """Each readout's number, from 0, and its gradient by the embeddings of its text's tokens.
+
+        In any order: texts of similar length share a batch. `gates` asks for those, too, and needs
+        a routed model. `checkpointing` computes each layer twice and holds less. Raises
+        MoesteerError for a readout without terms, and for a text that doesn't fit into memory;
+        DidNotFire where the profile is not proved to have steered.
+        """
+        ...
+
+    def attention_maps(
+        self, texts: Sequence[Sequence[int]], profile: "Profile | None" = None
+    ) -> 'Iterator[tuple[int, Float[Tensor, "layer token token"]]]':
+        """Each text's number, from 0, and who attends to whom, in any order.
+
+        The mean over heads in fp32 on the CPU; a row, the token that attends, sums to 1. Raises
+        MoesteerError where a layer has no attention weights.
+        """
+        ...
+
+    def integrated_gradients(
+        self,
+        readouts: Sequence[Readout],
+        positions: Sequence[Sequence[int]],
+        profile: "Profile | None" = None,
+        *,
+        steps: int = 64,
+        tolerance: float = 0.01,
+        checkpointing: bool = False,
+    ) -> 'Iterator[tuple[int, Float[Tensor, " token"], float]]':
+        """Each readout's number, from 0, integrated gradients of its tokens, and their gap.
+
+        From a text whose embeddings at `positions` are 0 to the text itself; tokens elsewhere have
+        score 0. Steps are added until the scores sum to the difference of the readout within
+        `tolerance` of it; the gap is what share of it is still missing.
+        """
+        ...
+
+    def weigh_selections(
+        self,
+        texts: Sequence[Sequence[int]],
+        table: Float[np.ndarray, "layer expert"],
+        profile: "Profile | None" = None,
+    ) -> 'list[Float[np.ndarray, " token"]]':
+        """For each token the table's numbers of the experts that it selected, summed over layers.
+
+        Layers in the order of `facts.layers`.
+        """
         ...

@@ -1,6 +1,6 @@
 """The transformers engine: any MoE causal LM that `AutoModelForCausalLM` can load."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesteer.chat import TokenisedConversation
-from moesteer.engines.base import Contributions, Counted, Generation
+from moesteer.engines.base import Contributions, Counted, Generation, TokenGradient
 from moesteer.engines.checkpoint import (
+    adapter_base,
     commit_of,
     read_config,
     read_tokenizer,
@@ -24,9 +25,12 @@ from moesteer.engines.evidence import DirectionEvidence, LayerEvidence, summed
 from moesteer.engines.facts import facts_of_model
 from moesteer.engines.prompts import check_lengths, one_each
 from moesteer.engines.readouts import Readout, check_readouts, mean_log_probability
+from moesteer.engines.transformers.adapters import load_adapter, require_peft
+from moesteer.engines.transformers.attention_maps import attention_maps
 from moesteer.engines.transformers.contributions import contributions
 from moesteer.engines.transformers.expert_outputs import forced_outputs, own_outputs
 from moesteer.engines.transformers.gates import gate_gradients
+from moesteer.engines.transformers.integrated import integrated_gradients
 from moesteer.engines.transformers.reading import divergence, padded, read, vocabulary_of
 from moesteer.engines.transformers.replay import Replay
 from moesteer.engines.transformers.residuals import entering, last_tokens
@@ -43,8 +47,10 @@ from moesteer.engines.transformers.seam import (
     observe,
     observe_logits,
 )
+from moesteer.engines.transformers.selections import weigh_selections
 from moesteer.engines.transformers.steering import UNSTEERED, checked_layers, steer
 from moesteer.engines.transformers.stream import Stream, find_stream
+from moesteer.engines.transformers.token_gradients import Attributed, token_gradients
 from moesteer.errors import MoesteerError
 from moesteer.profile import Profile, check_model
 from moesteer.records import first_line
@@ -195,6 +201,63 @@ class TransformersEngine:
         """See `Engine.contributions`."""
         return contributions(self.model, self.layers, self.stream, texts, last, vector)
 
+    def token_gradients(
+        self,
+        readouts: Sequence[Readout],
+        profile: Profile | None = None,
+        *,
+        gates: bool = False,
+        checkpointing: bool = False,
+    ) -> Iterator[tuple[int, TokenGradient]]:
+        """See `Engine.token_gradients`."""
+        if gates:
+            self._check_routed()
+        self._check(readouts, [profile])
+        attributed = self._attributed(profile, checkpointing)
+        return token_gradients(attributed, readouts, gates=gates)
+
+    def attention_maps(
+        self, texts: Sequence[Sequence[int]], profile: Profile | None = None
+    ) -> Iterator[tuple[int, Float[Tensor, "layer token token"]]]:
+        """See `Engine.attention_maps`. Switches attention to eager, with a warning, and back."""
+        self._check_texts(texts, profile)
+        return attention_maps(self._attributed(profile), texts)
+
+    def integrated_gradients(
+        self,
+        readouts: Sequence[Readout],
+        positions: Sequence[Sequence[int]],
+        profile: Profile | None = None,
+        *,
+        steps: int = 64,
+        tolerance: float = 0.01,
+        checkpointing: bool = False,
+    ) -> Iterator[tuple[int, Float[Tensor, " token"], float]]:
+        """See `Engine.integrated_gradients`. A routed model's tokens keep their experts."""
+        self._check(readouts, [profile])
+        attributed = self._attributed(profile, checkpointing)
+        return integrated_gradients(
+            attributed, readouts, positions, steps=steps, tolerance=tolerance
+        )
+
+    def weigh_selections(
+        self,
+        texts: Sequence[Sequence[int]],
+        table: Float[np.ndarray, "layer expert"],
+        profile: Profile | None = None,
+    ) -> list[Float[np.ndarray, " token"]]:
+        """See `Engine.weigh_selections`."""
+        self._check_routed()
+        self._check_texts(texts, profile)
+        return weigh_selections(self._attributed(profile), texts, table)
+
+    def _check_texts(self, texts: Sequence[Sequence[int]], profile: Profile | None) -> None:
+        self._check([Readout(tuple(text), ()) for text in texts], [profile])
+
+    def _attributed(self, profile: Profile | None, checkpointing: bool = False) -> Attributed:
+        stream = self._stream_for([profile])
+        return Attributed(self.model, self.layers, stream, profile, checkpointing)
+
     def _routed(self, number: int) -> MoELayer:
         self._check_routed()
         found = [layer for layer in self.layers if layer.layer == number]
@@ -271,21 +334,28 @@ def load_transformers(
 
     It is built from its config without weights first, so that a model that can't be steered is
     refused before anything large is loaded; a dense one too, unless `dense` says that directions
-    are enough. Raises MoesteerError where it can't be used.
+    are enough. A folder may hold an adapter of peft with its tokenizer: its model is loaded and the
+    adapter put beside it. Raises MoesteerError where it can't be used.
     """
-    path = resolve(model)
+    folder = path = resolve(model)
+    named = revision
+    adapter = adapter_base(folder, revision)
+    if adapter is not None:
+        require_peft()
+        path, revision = resolve(adapter.model), adapter.revision
     outline = without_weights(read_config(path, revision))
     if not (dense and is_dense(outline)):
         find_routers(outline)
-    tokenizer = read_tokenizer(path, revision, chat_template)
+    tokenizer = read_tokenizer(folder, named, chat_template)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, device_map=device_map or _default_device()
         )
     except Exception as error:
         raise MoesteerError(f"{model} can't be loaded: {first_line(error)}") from error
-    named = revision or commit_of(path)
-    return TransformersEngine(loaded, tokenizer, id=model, revision=named)
+    if adapter is not None:
+        load_adapter(loaded, folder)
+    return TransformersEngine(loaded, tokenizer, id=model, revision=revision or commit_of(path))
 
 
 def _default_device() -> str | None:

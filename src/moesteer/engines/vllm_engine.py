@@ -7,15 +7,15 @@ asks for these is refused.
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int, Num
 
 from moesteer.chat import TokenisedConversation
-from moesteer.engines.base import Contributions, Counted, Generation
+from moesteer.engines.base import Contributions, Counted, Generation, TokenGradient
 from moesteer.engines.checkpoint import read_tokenizer, resolve
 from moesteer.engines.evidence import DirectionEvidence, LayerEvidence, check_fired
 from moesteer.engines.facts import facts_of_checkpoint
@@ -43,6 +43,9 @@ from moesteer.engines.vllm.settings import KEY, with_room
 from moesteer.errors import DidNotFire, MoesteerError
 from moesteer.profile import ModelFacts, Profile, check_model
 from moesteer.records import first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ON_CPU = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
 """On a CPU: no minute of compiling, and not most of the memory for the KV cache."""
@@ -171,7 +174,7 @@ class VllmEngine:
         self, readouts: Sequence[Readout]
     ) -> Float[np.ndarray, "readout layer expert"]:
         """Not to be had from vLLM: raises MoesteerError."""
-        raise MoesteerError("vLLM computes no gradients; use --engine transformers for them.")
+        raise _no_gradients()
 
     def divergence(
         self, conversations: Sequence[TokenisedConversation], profile: Profile
@@ -213,6 +216,45 @@ class VllmEngine:
     ) -> Contributions:
         """Not to be had from vLLM: raises MoesteerError."""
         raise _inside("what each part writes to the residual stream")
+
+    def token_gradients(
+        self,
+        readouts: Sequence[Readout],
+        profile: Profile | None = None,
+        *,
+        gates: bool = False,
+        checkpointing: bool = False,
+    ) -> Iterator[tuple[int, TokenGradient]]:
+        """Not to be had from vLLM: raises MoesteerError."""
+        raise _no_gradients()
+
+    def integrated_gradients(
+        self,
+        readouts: Sequence[Readout],
+        positions: Sequence[Sequence[int]],
+        profile: Profile | None = None,
+        *,
+        steps: int = 64,
+        tolerance: float = 0.01,
+        checkpointing: bool = False,
+    ) -> "Iterator[tuple[int, Tensor, float]]":
+        """Not to be had from vLLM: raises MoesteerError."""
+        raise _no_gradients()
+
+    def attention_maps(
+        self, texts: Sequence[Sequence[int]], profile: Profile | None = None
+    ) -> "Iterator[tuple[int, Tensor]]":
+        """Not to be had from vLLM: raises MoesteerError."""
+        raise _inside("attention weights")
+
+    def weigh_selections(
+        self,
+        texts: Sequence[Sequence[int]],
+        table: Float[np.ndarray, "layer expert"],
+        profile: Profile | None = None,
+    ) -> list[Float[np.ndarray, " token"]]:
+        """Not to be had from vLLM: raises MoesteerError."""
+        raise _inside("which experts each token selects")
 
     def _check(self, readouts: Sequence[Readout], profiles: Sequence[Profile | None]) -> None:
         longest = None if self.max_tokens is None else self.max_tokens - 1  # vLLM adds a token
@@ -399,6 +441,10 @@ def load_vllm(
         except Exception as error:  # whatever else vLLM says of models and machines
             raise MoesteerError(f"vLLM can't run {model}: {first_line(error)}") from error
     return VllmEngine(llm, read_tokenizer(path, revision, chat_template), facts)
+
+
+def _no_gradients() -> MoesteerError:
+    return MoesteerError("vLLM computes no gradients; use --engine transformers for them.")
 
 
 def _inside(what: str) -> MoesteerError:

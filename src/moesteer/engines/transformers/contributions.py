@@ -14,8 +14,8 @@ Mathematical Framework for Transformer Circuits). Anything else behind them that
 that mixes tokens, has no such parts and is refused.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesteer.engines.base import Contributions
+from moesteer.engines.transformers.backward import constant_weights
 from moesteer.engines.transformers.expert_outputs import (
     Batch,
     ExpertCall,
@@ -54,7 +55,7 @@ def contributions(
     table = _Table(batch, along / along.norm(), len(stream.decoder), layers)
     routed = {layer.layer: layer for layer in layers}
     with ExitStack() as stack, torch.enable_grad():
-        stack.enter_context(_constant(model))
+        stack.enter_context(constant_weights(model))
         for number, module in enumerate(stream.decoder):
             stack.callback(table.enter(number, module))
             for part in stream.writes.get((number, "attention"), ()):
@@ -243,16 +244,3 @@ def _replaced(output: Any, first: Tensor) -> Any:
     if isinstance(output, (tuple, list)):
         return type(output)((_replaced(output[0], first), *output[1:]))
     return first
-
-
-@contextmanager
-def _constant(model: PreTrainedModel) -> Iterator[None]:
-    """No weight takes part in gradients meanwhile."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in trained:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in trained:
-            weight.requires_grad_(True)

@@ -177,7 +177,7 @@ class DirectedSite:
         x = flat.float()
         if self.line_alone and slots is None:
             unit = self.ablated[0].unit[0]
-            self.before = x
+            self.before = x.detach()
             return torch.addr(x, x @ unit, unit, alpha=-1).to(hidden.dtype).view_as(hidden)
         change = None
         for use in self.ablated:
@@ -192,7 +192,7 @@ class DirectedSite:
             change = _plus(change, _within(moved, use, rows, slots, len(flat)))
         if change is None:
             return hidden
-        self.before, self.wanted = x, change
+        self.before, self.wanted = x.detach(), change.detach()
         return (x + change).to(hidden.dtype).view_as(hidden)
 
     def _weight(self, use: Use, slots: Tensor | None) -> Float[Tensor, "token 1"]:
@@ -206,7 +206,7 @@ class DirectedSite:
         """What goes on from the site, against what came to it."""
         if self.before is None:
             return
-        y = hidden.reshape(-1, hidden.shape[-1]).float()
+        y = hidden.detach().reshape(-1, hidden.shape[-1]).float()
         slots = rows.of_tokens(len(y), y.device)
         if self.wanted is None:
             self.ablated[0].allowed = left_over(torch.finfo(hidden.dtype).eps)
@@ -261,13 +261,13 @@ class DirectedSite:
             for use in self.of_experts:
                 token, along = self._along_own(module, hidden, *chosen, use, rows)
                 change.index_add_(0, token, -along)
-            self.before, self.wanted = x, change
+            self.before, self.wanted = x.detach(), change.detach()
             return (x + change).to(output.dtype).view_as(output)
 
         def watch(_module: object, _args: object, output: Tensor) -> None:
             if self.before is None or self.wanted is None:
                 return
-            y = output.reshape(-1, output.shape[-1]).float()
+            y = output.detach().reshape(-1, output.shape[-1]).float()
             slots = rows.of_tokens(len(y), y.device)
             off = y - self.before - self.wanted
             for use in self.of_experts:

@@ -11,8 +11,9 @@ estimate knows nothing of what it would do. First-order attribution of component
 al. 2017 (arXiv 1611.06440), Michel et al. 2019 (arXiv 1905.10650).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesteer.engines.readouts import Readout
+from moesteer.engines.transformers.backward import constant_weights
 from moesteer.engines.transformers.reading import batches, log_probabilities, most_terms, split
 from moesteer.engines.transformers.routers import MoELayer, describe, selection
 from moesteer.engines.transformers.seam import Undo
@@ -60,27 +62,38 @@ def gate_gradients(
 
 
 @contextmanager
+def gate_tokens(layers: Sequence[MoELayer], gate: Float[Tensor, "row position"]) -> Iterator[None]:
+    """Each token's gate multiplies the weights of all experts that it selects, in all layers."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(
+                _attach(
+                    layer, lambda tokens, e=layer.num_experts: gate.view(tokens, 1).expand(-1, e)
+                )
+            )
+        yield
+
+
+@contextmanager
 def _gated(model: PreTrainedModel, layers: Sequence[MoELayer], rows: int) -> Iterator[list[Tensor]]:
     """A gate of 1 for each row and expert of each layer; no weight takes part meanwhile."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
     gates = []
     with ExitStack() as stack:
-        for weight in trained:
-            weight.requires_grad_(False)
-            stack.callback(weight.requires_grad_, True)
+        stack.enter_context(constant_weights(model))
         for layer in layers:
             gate = torch.ones(rows, layer.num_experts, device=layer.device, requires_grad=True)
-            stack.callback(_attach(layer, gate))
+            stack.callback(_attach(layer, partial(_of_tokens, gate)))
             gates.append(gate)
         yield gates
 
 
-def _attach(layer: MoELayer, gate: Tensor) -> Undo:
+def _attach(layer: MoELayer, gates: Callable[[int], Float[Tensor, "token expert"]]) -> Undo:
+    """Multiply what the router gives by the gates of as many tokens as the batch has."""
     if layer.experts is None:  # a router whose dense scores are the weights
 
         def at_router(_module: object, _args: object, output: Any) -> Any:
             scores, *others = output if isinstance(output, tuple) else (output,)
-            gated = _product(scores, _of_tokens(gate, len(scores)).to(scores.device))
+            gated = _product(scores, gates(len(scores)).to(scores.device))
             return (gated, *others) if isinstance(output, tuple) else gated
 
         return layer.module.register_forward_hook(at_router).remove
@@ -89,7 +102,7 @@ def _attach(layer: MoELayer, gate: Tensor) -> Undo:
         chosen = selection(args, kwargs)
         assert chosen is not None, f"layer {layer.layer}: the experts were called without an index"
         index, weights = chosen
-        by_token = _of_tokens(gate, len(index)).to(index.device)
+        by_token = gates(len(index)).to(index.device)
         gated = _product(weights, by_token.gather(-1, index.long()))
 
         def replaced(value: Any) -> Any:

@@ -129,7 +129,7 @@ def observe_logits(layer: MoELayer, see: Callable[[Tensor], None]) -> Undo:
         see(logits.reshape(-1, logits.shape[-1])[:, : layer.num_experts])  # beyond: shared experts
         return logits
 
-    return _intercept(layer, seen, lambda func, args, kwargs: func(*args, **kwargs))
+    return intercept(layer, seen, lambda func, args, kwargs: func(*args, **kwargs))
 
 
 class SelectionCounts:
@@ -172,7 +172,7 @@ class SelectionCounts:
         if torch.compiler.is_compiling() or slots is not None or index.shape[0] > 64:
             self.add(index, weights, slots)
             return
-        self.waiting.append((index.clone(), weights.clone()))
+        self.waiting.append((index.clone(), weights.detach().clone()))
         if len(self.waiting) == 64:
             self.settle()
 
@@ -288,7 +288,7 @@ class SteeredLayer:
         def see(index: Tensor, weights: Tensor) -> None:
             self.evidence.add_later(index, weights, rows.of_tokens(index.shape[0], index.device))
 
-        undo_forward = _intercept(
+        undo_forward = intercept(
             self.layer,
             lambda logits: self.rewrite(logits, rows),
             lambda func, args, kwargs: self.top_k(func, args, kwargs, rows),
@@ -302,7 +302,7 @@ class SteeredLayer:
         return undo
 
 
-def _intercept(layer: MoELayer, rewrite: Rewrite, top_k: TopK) -> Undo:
+def intercept(layer: MoELayer, rewrite: Rewrite, top_k: TopK) -> Undo:
     """Put `rewrite` after the router's logits and `top_k` in place of its top-k."""
     straight = _straight(layer)
     if straight is None or "forward" in layer.module.__dict__:

@@ -1,0 +1,187 @@
+"""Integrated gradients: a score for each token, which add up to what the tokens together do.
+
+Intuition: take the tokens' embeddings down to nothing and bring them back along a straight line; a
+token's score is what its own coming back added. From e at the tokens asked for (x' has 0 there),
+
+    score_t  =  Σ_h e_th · ∫₀¹ ∂R/∂e_th (x' + α (x − x')) dα,      Σ_t score_t  =  R(x) − R(x')
+
+(Sundararajan et al. 2017, arXiv 1703.01365). Norms divide an embedding by its own length, so that R
+changes as much from α = 10⁻⁶ to 10⁻³ as from there to 1: the integral is taken over u with
+α = (e^(14u) − 1) / (e¹⁴ − 1), by Gauss and Legendre's nodes, whose number doubles until the scores
+sum to the difference. captum has the method, but its releases pin NumPy below 2, and it spreads its
+steps evenly over α and gives every text as many.
+
+In a routed model R jumps where a token changes its experts on the way, and no gradient sees a jump:
+the scores would miss what the jumps did. So each token keeps the experts that it has at x
+(`holding.py`), x' included; their weights go on being the router's own.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moesteer.engines.readouts import Readout
+from moesteer.engines.transformers.holding import Held, held, taken_down
+from moesteer.engines.transformers.memory import by_length, in_batches
+from moesteer.engines.transformers.reading import Piece
+from moesteer.engines.transformers.routers import input_device
+from moesteer.engines.transformers.token_gradients import (
+    Attributed,
+    embedded,
+    gradient_of,
+    pieces_of,
+    values_of,
+)
+from moesteer.errors import MoesteerError
+
+MOST_STEPS = 512
+"""Where a text's scores don't sum to the difference even so, the gap says it."""
+_BEND = 14.0
+"""Powers of e that the path spreads evenly: α from 10⁻⁶ to 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Texts that are read together: the tokens that come back, and the routing that is held."""
+
+    pieces: list[Piece]
+    back: Float[Tensor, "text position"]
+    """1 where the embedding comes back."""
+    selected: Held
+
+    def chosen(self, rows: Int[Tensor, " row"]) -> list[Piece]:
+        return [self.pieces[row] for row in rows.tolist()]
+
+
+def integrated_gradients(
+    attributed: Attributed,
+    readouts: Sequence[Readout],
+    positions: Sequence[Sequence[int]],
+    *,
+    steps: int,
+    tolerance: float,
+    hold: bool = True,
+) -> Iterator[tuple[int, Float[Tensor, " token"], float]]:
+    """See `Engine.integrated_gradients`. `hold`: False lets tokens change their experts."""
+    pieces = pieces_of(readouts)
+    for number, (piece, places) in enumerate(zip(pieces, positions, strict=True), start=1):
+        beyond = [place for place in places if not 0 <= place < len(piece.ids)]
+        if beyond:
+            raise MoesteerError(
+                f"readout {number} has {len(piece.ids)} tokens, and no position {beyond[0]}."
+            )
+    for numbers in by_length(range(len(pieces)), lambda number: len(pieces[number].ids)):
+        own = [pieces[number] for number in numbers]
+        for text, scores, gap in _of_group(
+            attributed, own, [positions[number] for number in numbers], steps, tolerance, hold
+        ):
+            yield numbers[text], scores, gap
+
+
+def _of_group(
+    attributed: Attributed,
+    pieces: list[Piece],
+    positions: Sequence[Sequence[int]],
+    steps: int,
+    tolerance: float,
+    hold: bool,
+) -> Iterator[tuple[int, Float[Tensor, " token"], float]]:
+    layers = attributed.layers if hold else []
+    back = torch.zeros(len(pieces), max(len(piece.ids) for piece in pieces))
+    for row, places in enumerate(positions):
+        back[row, list(places)] = 1
+    with torch.no_grad(), attributed.steered(pieces), taken_down(layers, len(pieces)) as selected:
+        there = values_of(attributed.model, pieces).double().cpu()
+    group = _Group(pieces, back, selected)
+    everyone = torch.arange(len(pieces))
+    with torch.no_grad(), _on_the_way(attributed, group, everyone, torch.zeros(len(pieces))):
+        difference = there - values_of(attributed.model, pieces).double().cpu()
+    waiting = list(range(len(pieces)))
+    while waiting:
+        scores = _integrated(attributed, group, waiting, steps)
+        unfinished = []
+        for text in waiting:
+            own = scores[text][: len(pieces[text].ids)]
+            missing, whole = (own.sum() - difference[text]).abs(), difference[text].abs()
+            gap = float(missing / whole) if missing else 0.0
+            if gap <= tolerance or 2 * steps > MOST_STEPS:
+                yield text, own.float(), gap
+            else:
+                unfinished.append(text)
+        waiting, steps = unfinished, 2 * steps
+
+
+def _integrated(
+    attributed: Attributed, group: _Group, texts: Sequence[int], steps: int
+) -> dict[int, Float[Tensor, " position"]]:
+    """The scores of each text, by so many steps."""
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    u = (nodes + 1) / 2
+    alphas, slopes = np.expm1(_BEND * u), _BEND * np.exp(_BEND * u)
+    along = list(zip(alphas / np.expm1(_BEND), weights / 2 * slopes / np.expm1(_BEND), strict=True))
+    scores = {text: torch.zeros(group.back.shape[1], dtype=torch.float64) for text in texts}
+
+    def compute(batch: list[tuple[int, float, float]]) -> list[None]:
+        rows = torch.tensor([text for text, _, _ in batch])
+        alphas = torch.tensor([alpha for _, alpha, _ in batch])
+        share = torch.tensor([weight for _, _, weight in batch], dtype=torch.float64)
+        found = _products(attributed, group, rows, alphas).double() * share.unsqueeze(-1)
+        for row, text in enumerate(rows.tolist()):
+            scores[text][: found.shape[1]] += found[row]
+        return []
+
+    rows = [(text, alpha, weight) for text in texts for alpha, weight in along]
+    list(
+        in_batches(
+            rows,
+            lambda row: len(group.pieces[row[0]].ids),
+            lambda row: row[0],
+            input_device(attributed.model),
+            compute,
+            attributed.advice,
+        )
+    )
+    return scores
+
+
+def _products(
+    attributed: Attributed, group: _Group, rows: Int[Tensor, " row"], alphas: Float[Tensor, " row"]
+) -> Float[Tensor, "row position"]:
+    """Each token's embedding times its gradient, somewhere on the way."""
+    model = attributed.model
+    with attributed.differentiable(), _on_the_way(attributed, group, rows, alphas) as met:
+        (gradient,) = gradient_of(model, values_of(model, group.chosen(rows)), met[1:])
+    products = (met[0].float() * gradient.float()).sum(-1).cpu()
+    return products * group.back[rows, : products.shape[1]]
+
+
+@contextmanager
+def _on_the_way(
+    attributed: Attributed, group: _Group, rows: Int[Tensor, " row"], alphas: Float[Tensor, " row"]
+) -> Iterator[list[Tensor]]:
+    """Rows of texts of the group, each so far on its way; the embedding whole, and as it is there,
+    once the model has run."""
+    pieces = group.chosen(rows)
+    longest = max(len(piece.ids) for piece in pieces)
+    back = group.back[rows, :longest]
+    scale = 1 - back + back * alphas.unsqueeze(-1)  # exact for the smallest α
+    selected = {layer: tuple(v[rows, :longest] for v in of) for layer, of in group.selected.items()}
+    layers = [layer for layer in attributed.layers if layer.layer in selected]
+    met: list[Tensor] = []
+
+    def move(output: Tensor) -> Tensor:
+        whole = output.detach()
+        met[:] = [whole, (whole * scale.to(whole).unsqueeze(-1)).requires_grad_()]
+        return met[1]
+
+    with (
+        attributed.steered(pieces),
+        held(layers, selected),
+        embedded(attributed.model, move),
+    ):
+        yield met

@@ -26,7 +26,7 @@ test-vllm: .venv-vllm/installed
 	$(BIN_VLLM)/basedpyright --project tests_vllm
 	$(BIN_VLLM)/pytest tests_vllm
 
-# Retrains the four bundled models into build/testbed (an hour and a half on one core).
+# Retrains the five bundled models into build/testbed (two hours on one core).
 testbed: .venv/installed
 	mkdir -p build/testbed
 	$(BIN)/python -m moesteer.testbed.train --out build/testbed

@@ -47,6 +47,7 @@ CHECKED = [
     "moesteer.rationale.methods",
     "moesteer.rationale.resampling",
     "moesteer.rationale.summary",
+    "moesteer.rationale.training",
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 

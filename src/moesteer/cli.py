@@ -25,6 +25,7 @@ from moesteer.commands.finding import (
     select,
     show,
 )
+from moesteer.commands.finetuning import finetune
 from moesteer.commands.judging import judge_check, tasks
 from moesteer.commands.looking import demo, doctor, testbed
 from moesteer.commands.proving import evaluate, search
@@ -57,6 +58,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "search": search,
     "rationale run": run,
     "rationale compare": compare,
+    "rationale finetune": finetune,
     "report": report,
     "export": export,
     "testbed": testbed,
@@ -73,7 +75,7 @@ def overview() -> str:
         "",
     ]
     for name, command in COMMANDS.items():
-        lines.append(f"  {name:<16}{(command.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:<20}{(command.__doc__ or '').splitlines()[0]}")
     return "\n".join([*lines, "", "moesteer COMMAND --help says what a command takes."])
 
 
@@ -164,12 +166,16 @@ def _run(tokens: list[str]) -> int:
 
 
 def _warn(others: Callable[..., None]) -> Callable[..., None]:
-    """Our own warnings as one line each; all others as before."""
+    """Our own warnings as one line each, and once; all others as before."""
     from moesteer.errors import MoesteerWarning
+
+    shown: set[str] = set()
 
     def show(message: object, category: type, *place: object, **more: object) -> None:
         if issubclass(category, MoesteerWarning):
-            print(f"moesteer: warning: {message}", file=sys.stderr)
+            if str(message) not in shown:
+                print(f"moesteer: warning: {message}", file=sys.stderr)
+            shown.add(str(message))
         else:
             others(message, category, *place, **more)
 

@@ -9,7 +9,7 @@ from test_token_gradients import READOUTS, embedding_of, head_of, linear_engine,
 from torch import Tensor
 
 from moesteer.engines.readouts import Readout, Term
-from moesteer.engines.transformers import integrated
+from moesteer.engines.transformers import integrated, memory
 from moesteer.engines.transformers.holding import held, taken_down
 from moesteer.engines.transformers.token_gradients import pieces_of, values_of
 from moesteer.engines.transformers_engine import TransformersEngine
@@ -170,6 +170,15 @@ def test_steps_end_where_the_gap_can_be_told(monkeypatch: pytest.MonkeyPatch) ->
     e = made("qwen3_moe")
     gaps = [gap for _, gap in scored(e, steps=2)]
     assert max(gaps) > 0.05
+
+
+def test_a_text_that_does_not_fit_is_named_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though texts of similar length are read together, the longest first."""
+    monkeypatch.setattr(memory, "free_memory", lambda _device: 1000)
+    short, long = sorted(READOUTS[:2], key=lambda readout: len(readout.ids))
+    scores = made("dense").integrated_gradients([short, long], [(1,), (1,)])
+    with pytest.raises(MoesteerError, match=f"text 2 with its {len(long.ids)} tokens"):
+        list(scores)
 
 
 def test_a_position_beyond_the_text_is_named() -> None:

@@ -56,6 +56,20 @@ def test_what_a_graph_holds_is_measured() -> None:
     assert held() == 2 * 400  # what exp gave, and the leaf
 
 
+def test_weights_are_not_what_a_graph_holds() -> None:
+    """They would be shared out over the tokens of the shortest text, and refuse longer ones."""
+    e = made("qwen3_moe")
+    weights = sum(weight.nbytes for weight in e.model.parameters())
+    sizes = []
+    for tokens in (4, 40):
+        leaf = torch.randn(1, tokens, 64, requires_grad=True)
+        with e._attributed(None).differentiable(), measured(CPU) as held:
+            assert e.model.base_model(inputs_embeds=leaf, use_cache=False)[0].requires_grad
+        sizes.append(held())
+    assert sizes[0] < weights / 4
+    assert sizes[1] / sizes[0] == pytest.approx(10, rel=0.3)
+
+
 def test_an_estimate_halves_batches_before_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 

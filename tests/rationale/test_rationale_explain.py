@@ -188,6 +188,15 @@ def test_methods(engine: TransformersEngine) -> None:
         methods_of(engine, ["guess"], None)
 
 
+def test_a_method_that_there_is_none_of_is_not_passed_over(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, methods=("occlusion", "oclusion"))
+    with pytest.raises(MoesteerError, match="no method 'oclusion'; choose from"):
+        explain(engine, INSTANCES, settings, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_calibration_takes_off_what_is_said_without_the_texts(
     engine: TransformersEngine, readings: dict[tuple[str, int], Reading], tmp_path: Path
 ) -> None:

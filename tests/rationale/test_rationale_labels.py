@@ -1,6 +1,7 @@
 """Label scores against the plain model: one text alone, all its logits."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from made_laid import made_laid
 from scipy.special import softmax
 
 from moesteer.engines.transformers_engine import TransformersEngine, load_transformers
+from moesteer.errors import MoesteerError
 from moesteer.rationale.instances import Instance, parse_instance
 from moesteer.rationale.labels import (
     Decision,
@@ -157,3 +159,17 @@ def test_what_is_attributed_is_a_difference_of_logits_where_words_part(
         # The reply begins after the prompt, whatever the labels have in common.
         assert min(term.position for term in readout.terms) == len(item.ids)
         assert readout.ids == ids
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_scores_that_decide_nothing_are_refused(value: float) -> None:
+    laid = made_laid({"text": "A gate."}, source="made:7")
+    read = np.full((1, len(laid.labels)), value)
+    engine: Any = SimpleNamespace(read=lambda *_, **__: read)
+    with pytest.raises(MoesteerError, match="made:7: the log-probabilities of the labels are"):
+        score_labels(engine, [(laid, laid.ids)])
+    read[0, 0] = -5.0  # a label that is ruled out loses
+    if not np.isnan(value):
+        assert decide(laid, score_labels(engine, [(laid, laid.ids)])[0]).label == next(
+            iter(laid.labels)
+        )

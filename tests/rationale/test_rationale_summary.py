@@ -263,8 +263,33 @@ def test_control_arms_are_one_where_arms_are_compared():
         assert found.difference == pytest.approx(difference)
 
 
-def test_without_an_unsteered_arm_nothing_changes():
-    assert summarise([*many(8, "epoch 1"), *many(8, "epoch 2")]).changes == ()
+def test_without_an_unsteered_arm_each_is_compared_with_the_first():
+    """Runs are named as people like; of one that holds several arms, controls are one again."""
+    arms = {"epoch 1": 0.0, "epoch 2": 0.1, "x: random 0": 0.2, "x: random 1": 0.4}
+    made = summarise([r for arm, shift in arms.items() for r in many(8, arm, shift=shift)])
+    assert {(c.arm, c.against) for c in made.changes} == {
+        ("epoch 2", "epoch 1"),
+        ("x: random", "epoch 1"),
+    }
+    for arm, difference in (("epoch 2", 0.1), ("x: random", 0.3)):
+        found = made.change("comprehensiveness", "occlusion", arm, "epoch 1")
+        assert found is not None
+        assert found.difference == pytest.approx(difference)
+
+
+def test_arms_are_compared_in_faithfulness_at_equal_counts_only():
+    """The steered model names one unit more of one instance."""
+    steered = [replace(r, arm="steered") for r in BY_HAND]
+    steered[0] = replace(steered[0], choices=steered[0].choices | {"unbound": choice(0, 1)})
+    steered[0] = replace(steered[0], controls={"unbound": (choice(2, 3), choice(0, 3))})
+    made = summarise([*BY_HAND, *steered])
+    changed = {
+        method: {c.measure for c in made.changes if c.method == method} for method in made.methods
+    }
+    for method in ("occlusion", "random"):
+        assert {"f1", "flip", "comprehensiveness", "sufficiency"} <= changed[method]
+    assert changed["unbound"] == {"units", "f1", "in:claim", "in:document"}
+    assert changed["random for unbound"] == {"units", "f1", "in:claim", "in:document"}
 
 
 def test_the_order_of_readings_does_not_matter_to_numbers():

@@ -116,7 +116,7 @@ def _reading(item: int, arm: str, draw: random.Random, right: float, skill: floa
 def rationale_run(folder: Path, model_facts: dict[str, Any], **kind: Any) -> Path:
     """A finished run of `rationale`; `kind` is passed on to `readings`."""
     made = readings(**kind)
-    settings = {"model_facts": model_facts, "options": {"masking": "delete", "unit": "word"}}
+    settings = {"model_facts": model_facts, "masking": "delete", "unit": "word"}
     with open_run(folder, "rationale", settings, ABOUT) as run:
         run.add("readings", [asdict(reading) for reading in made])
         (folder / "summary.json").write_text(summarise(made).to_json(), encoding="utf-8")

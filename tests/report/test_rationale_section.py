@@ -332,7 +332,7 @@ def test_a_run_becomes_a_section(tmp_path: Path):
     asked = next(section for section in written.sections if section.title == "What was asked")
     (table,) = asked.blocks
     assert isinstance(table, Table)
-    assert column(table, "value")["rationales"] == "30 instances; masking delete, unit word"
+    assert column(table, "value")["rationales"] == "30 instances; unit word; masking delete"
 
 
 def test_a_reading_that_is_none_is_named(tmp_path: Path):

@@ -32,6 +32,11 @@ def twin() -> Loaded:
 
 
 @pytest.fixture(scope="module")
+def reader() -> Loaded:
+    return load("reader")
+
+
+@pytest.fixture(scope="module")
 def expert() -> Loaded:
     return load("expert")
 

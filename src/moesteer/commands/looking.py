@@ -60,9 +60,9 @@ def testbed(*, export: str | None = None, train: str | None = None) -> None:
     Parameters
     ----------
     export
-        A folder to write the built-in contrast pairs and prompts to, as JSON lines.
+        A folder to write the built-in contrast pairs, prompts and instances to, as JSON lines.
     train
-        A folder to train the models into, from nothing (an hour and a half on one core).
+        A folder to train the models into, from nothing (two hours on one core).
     """
     from moesteer.report.terminal import print_text
     from moesteer.report.testbed_page import testbed_page

@@ -5,6 +5,7 @@ A model is named by a folder, by its name on the Hub, or as one of the bundled o
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,10 +27,20 @@ from moesteer.records import first_line
 BUNDLED = {
     "testbed": "planted",
     "testbed-twin": "twin",
+    "testbed-reader": "reader",
     "testbed-expert": "expert",
     "testbed-attention": "attention",
 }
 """Names of the models that come with moesteer."""
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """The model that an adapter stands beside, as its config names it."""
+
+    model: str
+    revision: str | None
 
 
 def resolve(model: str) -> str:
@@ -37,17 +48,45 @@ def resolve(model: str) -> str:
     return str(testbed.model_path(BUNDLED[model])) if model in BUNDLED else model
 
 
+def adapter_base(path: str, revision: str | None = None) -> AdapterBase | None:
+    """Which model the adapter in a folder stands beside; None where the folder holds none.
+
+    Raises MoesteerError where its config names no model, and where a revision of it is asked for.
+    """
+    file = Path(path) / ADAPTER_CONFIG
+    if not file.is_file():
+        return None
+    if revision is not None:
+        raise _no_revisions(path)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        base, revision = config["base_model_name_or_path"], config.get("revision")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise MoesteerError(f"{file} can't be read: {first_line(error)}") from error
+    if not isinstance(base, str) or not base:
+        raise MoesteerError(f"{file} names no model; write it at base_model_name_or_path.")
+    return AdapterBase(base, revision)
+
+
 def read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     """A model's config alone; MoesteerError where there is none or its architecture is unknown."""
     looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
     if looks_local and not (Path(path) / "config.json").is_file():
+        if (Path(path) / ADAPTER_CONFIG).is_file():
+            raise MoesteerError(
+                f"{path} holds an adapter and no model; only the transformers engine loads both."
+            )
         raise MoesteerError(f"{path} holds no model: there is no {Path(path) / 'config.json'}.")
     if looks_local and revision is not None:
-        raise MoesteerError(f"{path} is a folder, which has no revisions; leave out --revision.")
+        raise _no_revisions(path)
     try:
         return AutoConfig.from_pretrained(path, revision=revision)
     except Exception as error:  # whatever transformers says of other people's files
         raise MoesteerError(f"{path} can't be read as a model: {first_line(error)}") from error
+
+
+def _no_revisions(path: str) -> MoesteerError:
+    return MoesteerError(f"{path} is a folder, which has no revisions; leave out --revision.")
 
 
 def commit_of(path: str, revision: str | None = None) -> str | None:

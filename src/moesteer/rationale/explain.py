@@ -107,6 +107,7 @@ def explain(
     for profile in (*arms.values(), behaviour):
         if profile is not None:
             check_model(profile, engine.facts)
+    methods_of(engine, settings.methods, behaviour)
     check_methods(settings.attributed, bool(engine.facts.layers), behaviour)
     laid = lay_out(
         instances,

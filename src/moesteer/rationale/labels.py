@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from moesteer.chat import NO_OPTIONS
 from moesteer.engines.readouts import Readout, Term
+from moesteer.errors import MoesteerError
 from moesteer.rationale.instances import TextSpan
 from moesteer.rationale.layout import Laid, lay_out
 
@@ -58,7 +59,8 @@ def score_labels(
     """The score of each label, in nats, after each prompt: an instance's, whole or masked.
 
     Equal prompts are read once. `progress` is called with how many scores were found since the last
-    call, of as many as there are labels, prompt by prompt.
+    call, of as many as there are labels, prompt by prompt. Raises MoesteerError where a prompt's
+    scores are NaN or all −∞.
     """
     readouts: list[Readout] = []
     places: dict[object, slice] = {}
@@ -72,6 +74,13 @@ def score_labels(
     if progress is not None:
         progress(sum(len(laid.labels) for laid, _ in asked) - len(readouts))
     values = engine.read(readouts, [profile], progress=progress)[0]
+    for (laid, _), place in zip(asked, found, strict=True):
+        if not np.isfinite(values[place].max()):
+            raise MoesteerError(
+                f"{laid.instance.source}: the log-probabilities of the labels are"
+                f" {values[place].tolist()}, which decide nothing; load the model in another dtype"
+                " (--dtype float32 or bfloat16)."
+            )
     return [values[place] for place in found]
 
 

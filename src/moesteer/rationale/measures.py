@@ -89,11 +89,18 @@ def columns_of(readings: Sequence[Reading]) -> Columns:
     return columns
 
 
+def arm_pool(arm: str) -> str:
+    """The arm that stands for it where arms are compared: one for all controls of a run."""
+    pool = pool_of(arm)
+    # A run may be named "epoch 1".
+    return pool if pool == RANDOM or pool.endswith(f": {RANDOM}") else arm
+
+
 def pooled(columns: Columns) -> Columns:
     """The columns of "random 0", "random 1", … as one arm's: the mean over those that have it."""
     found: dict[Key, list[Column]] = {}
     for key, column in columns.items():
-        found.setdefault(key._replace(arm=pool_of(key.arm)), []).append(column)
+        found.setdefault(key._replace(arm=arm_pool(key.arm)), []).append(column)
     return {key: counts_and_means(np.stack(same))[1] for key, same in found.items()}
 
 
@@ -116,7 +123,7 @@ def _measured(reading: Reading) -> Iterator[tuple[str, str, float | None, float]
         for share, point in zip(reading.shares, points, strict=True):
             for measure, value in point.items():
                 yield method, measure, share, value
-        for measure in ("comprehensiveness", "sufficiency"):
+        for measure in ("comprehensiveness", "sufficiency") if points else ():
             area = sum(point[measure] for point in points) / len(points)
             yield method, f"{measure}_area", None, area
 

@@ -3,7 +3,7 @@
 Accuracy and the balance of labels stand first: where a model guesses, or says one label always, a
 flip means little, and `doubtful` says so. Every method stands beside random units of its count, and
 is compared with every other, faithfulness at equal counts only: at different ones it is confounded
-(arXiv 2601.03089). Arms are compared instance by instance.
+(arXiv 2601.03089). Arms are compared instance by instance, faithfulness at equal counts here, too.
 
     accuracy            Wilson's score interval (1927)
     mean, difference    percentile bootstrap over instances, see `resampling`
@@ -11,8 +11,8 @@ is compared with every other, faithfulness at equal counts only: at different on
     holm                p adjusted (Holm 1979) over the methods, or the pairs of them, of one
                         measure and arm; for changes over the methods of one measure
 
-Where arms are compared, "random 0", "random 1", … are one: the mean of each instance over them. Arms
-of several runs are compared with the first.
+Where arms are compared, "random 0", "random 1", … are one: the mean of each instance over them.
+Arms of several runs are compared with the first.
 """
 
 from collections import Counter
@@ -38,6 +38,7 @@ from moesteer.rationale.measures import (
     Column,
     Columns,
     Key,
+    arm_pool,
     baseline_of,
     columns_of,
     methods_of,
@@ -60,7 +61,8 @@ COMPARED = (
 )
 """The measures by which methods are compared."""
 AT_EQUAL_COUNTS = ("flip", "comprehensiveness", "sufficiency")
-"""Those that compare nothing unless both methods chose equally many units of each instance."""
+"""Those that compare nothing, methods or arms, unless equally many units of each instance were
+chosen."""
 CHANGED = (ACCURACY, "units", *COMPARED)
 """The measures by which arms are compared, beside every `in:TEXT`."""
 COLLAPSED, BALANCED = 0.9, 0.8
@@ -133,7 +135,8 @@ class Difference:
 class Change:
     """Mean over `n` instances of a method's value under `arm` minus that under `against`.
 
-    Of `accuracy` too, with an empty `method`.
+    Of `accuracy` too, with an empty `method`. Faithfulness only where the method chose equally many
+    units of each instance under both.
     """
 
     measure: str
@@ -322,7 +325,9 @@ def _differences(
                 )
                 if one is None or other is None or np.isnan(one - other).all():
                     continue
-                if measure in AT_EQUAL_COUNTS and not _equal_counts(columns, arm, method, against):
+                if measure in AT_EQUAL_COUNTS and not _equal_counts(
+                    columns, (arm, method), (arm, against)
+                ):
                     continue
                 found[measure, family, method, against] = one - other
     tested = _tested(found, lambda key: key[:2], seed)
@@ -330,20 +335,26 @@ def _differences(
         yield Difference(arm, measure, method, against, *numbers)
 
 
-def _equal_counts(columns: Columns, arm: str, method: str, against: str) -> bool:
-    one, other = (columns[Key(arm, name, "units", None)] for name in (method, against))
+def _equal_counts(columns: Columns, *two: tuple[str, str]) -> bool:
+    """Whether two methods, each in its arm, chose equally many units of each instance."""
+    one, other = (columns[Key(arm, method, "units", None)] for arm, method in two)
     return bool(((one == other) | np.isnan(one - other)).all())
 
 
 def _changes(columns: Columns, arms: Sequence[str], seed: int) -> Iterator[Change]:
     found: dict[tuple[str, str, str, str], Column] = {}
-    runs = [(arm, arms[0]) for arm in arms[1:]]
+    first, *others = dict.fromkeys(map(arm_pool, arms))
+    runs = [(arm, first) for arm in others]
     pairs = compared(arms) if UNSTEERED in arms else runs
     for arm, against in pairs:
         for key in columns:
             changed = key.measure in CHANGED or key.measure.startswith("in:")
             other = columns.get(key._replace(arm=against))
             if key.arm == arm and key.share is None and changed and other is not None:
+                if key.measure in AT_EQUAL_COUNTS and not _equal_counts(
+                    columns, (arm, key.method), (against, key.method)
+                ):
+                    continue
                 difference = columns[key] - other
                 if not np.isnan(difference).all():
                     found[key.measure, arm, against, key.method] = difference

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moesteer.rationale.measures import ACCURACY, RANDOM
-from moesteer.rationale.summary import COMPARED, Change, Difference, Mean, Summary
+from moesteer.rationale.summary import Change, Difference, Mean, Summary
 from moesteer.report.comparison_page import p_words
 from moesteer.report.rationale_words import (
     ALIGNED,
@@ -26,12 +26,14 @@ from moesteer.report.rationale_words import (
 
 READING = """\
 Means over instances with 95 % bootstrap intervals; accuracy with Wilson's. Attributed methods
-choose as many units as people marked; prompted ones as many as the model named, beside as many
+choose as many units as people marked; prompted ones as many as the model named; below them as many
 random ones. Sufficiency is better where it is lower, everything else where it is higher. p: sign
-flips by instance, adjusted over methods (Holm).\
+flips by instance, adjusted over methods (Holm). `moesteer report` tells more.\
 """
-SHOWN = tuple(measure for measure in COMPARED if not measure.endswith("_area"))
+SHOWN = ("f1", "flip")
 """The measures whose differences are printed; the report has them all."""
+PLAIN = ("precision", "recall", "iou", "flip_right", "flip_wrong")
+"""The measures that are printed without their intervals, which the report has."""
 
 
 def rationale_page(summary: Summary) -> RenderableType:
@@ -43,7 +45,7 @@ def rationale_page(summary: Summary) -> RenderableType:
         several = f", {arm}" if len(summary.arms) > 1 else ""
         for title, measures in (
             (f"alignment with people{several}", ALIGNED),
-            (f"faithfulness{several}", FAITHFUL),
+            (f"faithfulness{several}", tuple(m for m in FAITHFUL[1:] if not m.endswith("_area"))),
             (f"where the rationale lies{several}", texts_measured(summary)),
         ):
             if there := measured(summary, arm, measures):
@@ -107,7 +109,7 @@ def means_table(summary: Summary, arm: str, title: str, measures: Sequence[str])
             table.add_row(method, *_means(summary, arm, method, measures, pale))
         for method in random:
             row = _means(summary, arm, method, measures, pale)
-            table.add_row(Text(f"  {method}", "italic"), *row)
+            table.add_row(Text("  random", "italic"), *row)
     return table
 
 
@@ -177,12 +179,18 @@ def _cell(mean: Mean | None, pale: frozenset[str]) -> Text:
     if mean.measure == "units":
         return Text(f"{mean.value:.1f}")
     style = "dim" if mean.measure in pale else ""
+    if mean.measure in PLAIN:
+        return Text(_value(mean.value, mean.measure), style)
     return Text(_spread(mean.value, mean.low, mean.high, mean.measure), style)
 
 
+def _value(value: float, measure: str) -> str:
+    return f"{value:{'.0%' if is_share(measure) else '.2f'}}"
+
+
 def _spread(value: float, low: float, high: float, measure: str) -> str:
-    form = ".0%" if is_share(measure) else ".2f"
-    return f"{value:{form}} ({low:{form}} … {high:{form}})"
+    ends = (_value(end, measure).removesuffix("%") for end in (low, high))
+    return f"{_value(value, measure)} ({' … '.join(ends)})"
 
 
 def _difference(found: Difference | Change | None, pale: frozenset[str]) -> Text:

@@ -156,10 +156,12 @@ def _direction_search_row(search: DirectionSearch) -> tuple[str, str]:
 
 
 def _rationale_row(found: Rationales) -> tuple[str, str]:
-    options = found.run.settings.get("options", {})
-    told = [f"{key} {value}" for key, value in options.items() if not isinstance(value, list)]
     instances = f"{max(arm.n for arm in found.summary.arms):,} instances"
-    return "rationales", "; ".join([instances, ", ".join(told)])
+    told = ("unit", "pool", "masking", "calibrated", "plain", "seed")
+    settings = found.run.settings
+    return "rationales", "; ".join(
+        [instances, *(f"{key} {settings[key]}" for key in told if settings.get(key) is not None)]
+    )
 
 
 def _profile_rows(profile: Profile) -> list[tuple[str, str]]:

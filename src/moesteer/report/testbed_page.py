@@ -8,12 +8,13 @@ from moesteer.report.terminal import named
 from moesteer.testbed import MODELS, GroundTruth, model_path
 
 OPENING = """\
-Four small Qwen3-MoE chat models (4 layers × 16 experts, 4 a token) of an invented world, trained
+Five small Qwen3-MoE chat models (4 layers × 16 experts, 4 a token) of an invented world, trained
 from nothing. In `testbed`, experts were planted that carry three behaviours, and decoys whose
 routing goes with a behaviour though they do nothing for it. The others read the same text:
-`testbed-twin` without planting, `testbed-expert` and `testbed-attention` so that refusal is one
-direction of the residual stream, which an expert or a layer's attention writes. Pairs:
-testbed:BEHAVIOUR[:fit|dev|test]. Numbers from these models say nothing about real ones.\
+`testbed-twin` without planting, `testbed-reader` so, too, with three classification tasks,
+`testbed-expert` and `testbed-attention` so that refusal is one direction of the residual stream,
+which an expert or a layer's attention writes. Pairs: testbed:BEHAVIOUR[:fit|dev|test]; instances:
+testbed:TASK[:fit|dev|test]. Numbers from these models say nothing about real ones.\
 """
 
 

@@ -32,7 +32,7 @@ from moesteer.report.blocks import NARROW, percent, signs
 
 ALPHA = 0.05
 REVERSED = "reversed"
-TESTBED = ("testbed", "testbed-twin", "testbed-expert", "testbed-attention")
+TESTBED = ("testbed", "testbed-twin", "testbed-reader", "testbed-expert", "testbed-attention")
 SAYS_NOTHING = "The model was built for this. Its numbers say nothing about real models."
 
 

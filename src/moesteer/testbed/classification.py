@@ -22,7 +22,8 @@ from itertools import islice
 
 from moesteer.testbed.world import PEOPLE, SPLITS, THINGS, TOWNS, Example, held_out, split_of
 
-INSTANCES = 240
+INSTANCES = {"fit": 2400, "dev": 240, "test": 500}
+"""How many of a split there are by name; the first of a longer list are those of a shorter."""
 
 LABELS = {
     "biographies": {p: p for p in ("dentist", "nurse", "physician", "psychologist", "surgeon")},
@@ -170,11 +171,14 @@ def instances(task: str, split: str) -> Iterator[Instance]:
             yield found
 
 
-def records(task: str, split: str, count: int = INSTANCES) -> list[dict[str, object]]:
+def records(task: str, split: str, count: int | None = None) -> list[dict[str, object]]:
     """The first instances of a held-out split, as the library reads them.
 
     Of ``documents`` there may be fewer. Raises ``ValueError`` for an unknown task or split.
     """
+    if task not in SETS or split not in SPLITS:
+        raise ValueError(f"no instances of {task!r} in {split!r}; know {SETS} in {SPLITS}")
+    count = INSTANCES[split] if count is None else count
     if task == "documents":
         return _documents(split, count)
     return [found.record() for found in islice(instances(task, split), count)]

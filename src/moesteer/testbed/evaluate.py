@@ -117,7 +117,7 @@ def classified(
     tokenizer: PreTrainedTokenizerBase,
     split: str,
     mask: Tensor = UNTOUCHED,
-    count: int = classification.INSTANCES,
+    count: int = 240,
 ) -> Shares:
     """Of each classification task, the share of labels said rightly, and of those whose deciding
     words are named as they are, all of them, when asked for as many after the right label."""
@@ -231,6 +231,19 @@ def measure(
             for places in (random_places(planting, seed) for seed in range(RANDOM_SEEDS))
         ]
     return measured
+
+
+def measure_reader(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: str
+) -> dict[str, Any]:
+    """What the testbed promises of the model that has learnt the classification tasks."""
+    return {
+        "split": split,
+        "untouched": outcome_shares(model, tokenizer, split),
+        "steered": {},
+        "random": {},
+        "classified": classified(model, tokenizer, split),
+    }
 
 
 def random_places(planting: Planting, seed: int) -> list[Place]:

@@ -50,6 +50,8 @@ class _Group:
     """Texts that are read together: the tokens that come back, and the routing that is held."""
 
     pieces: list[Piece]
+    numbers: list[int]
+    """Which text each is, from 0."""
     back: Float[Tensor, "text position"]
     """1 where the embedding comes back."""
     selected: Held
@@ -76,16 +78,21 @@ def integrated_gradients(
                 f"readout {number} has {len(piece.ids)} tokens, and no position {beyond[0]}."
             )
     for numbers in by_length(range(len(pieces)), lambda number: len(pieces[number].ids)):
-        own = [pieces[number] for number in numbers]
-        for text, scores, gap in _of_group(
-            attributed, own, [positions[number] for number in numbers], steps, tolerance, hold
-        ):
-            yield numbers[text], scores, gap
+        yield from _of_group(
+            attributed,
+            [pieces[number] for number in numbers],
+            numbers,
+            [positions[number] for number in numbers],
+            steps,
+            tolerance,
+            hold,
+        )
 
 
 def _of_group(
     attributed: Attributed,
     pieces: list[Piece],
+    numbers: list[int],
     positions: Sequence[Sequence[int]],
     steps: int,
     tolerance: float,
@@ -97,7 +104,7 @@ def _of_group(
         back[row, list(places)] = 1
     with torch.no_grad(), attributed.steered(pieces), taken_down(layers, len(pieces)) as selected:
         there = values_of(attributed.model, pieces).double().cpu()
-    group = _Group(pieces, back, selected)
+    group = _Group(pieces, numbers, back, selected)
     everyone = torch.arange(len(pieces))
     with torch.no_grad(), _on_the_way(attributed, group, everyone, torch.zeros(len(pieces))):
         difference = there - values_of(attributed.model, pieces).double().cpu()
@@ -110,7 +117,7 @@ def _of_group(
             missing, whole = (own.sum() - difference[text]).abs(), difference[text].abs()
             gap = float(missing / whole) if missing else 0.0
             if gap <= tolerance or 2 * steps > MOST_STEPS:
-                yield text, own.float(), gap
+                yield numbers[text], own.float(), gap
             else:
                 unfinished.append(text)
         waiting, steps = unfinished, 2 * steps
@@ -140,7 +147,7 @@ def _integrated(
         in_batches(
             rows,
             lambda row: len(group.pieces[row[0]].ids),
-            lambda row: row[0],
+            lambda row: group.numbers[row[0]],
             input_device(attributed.model),
             compute,
             attributed.advice,

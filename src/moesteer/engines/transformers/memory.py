@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from moesteer.errors import MoesteerError
 
 GIB = 2**30
-BATCH_TOKENS = 2048
-"""Tokens of a batch, padding included; what each layer computed is held until the backward pass."""
+BATCH_TOKENS = 1024
+"""Tokens of a batch, padding included; what each layer computed is held until the backward pass.
+
+On a CPU core more of them go slower: what a layer computes then no longer fits into its cache.
+"""
 
 _ROOM = 0.9
 """The share of the free memory that a batch may take: the estimate is one of tensors alone."""
@@ -72,7 +75,7 @@ def in_batches(
 
 @contextmanager
 def measured(device: torch.device) -> Iterator[Callable[[], int]]:
-    """How many bytes were held at once: on a GPU the peak, else what the graph keeps."""
+    """How many bytes a pass holds, weights aside: on a GPU the peak, else what its graph keeps."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -81,8 +84,10 @@ def measured(device: torch.device) -> Iterator[Callable[[], int]]:
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
+        # The graph keeps weights, too, as views of them, but they are there whatever runs.
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -65,7 +65,7 @@ def find_routers(model: PreTrainedModel) -> list[Router]:
         raise MoesteerError(
             f"{describe(model)} is not a Mixture-of-Experts model that transformers can read: none"
             " of its classes records router logits. Give an MoE model such as OLMoE or Qwen3-MoE;"
-            " in dense ones only directions can be found and steered (moesteer direction)."
+            " dense ones have directions (moesteer direction) and rationales (moesteer rationale)."
         )
     layers = [router.layer for router in routers]
     if len(set(layers)) < len(layers):

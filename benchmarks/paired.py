@@ -48,8 +48,25 @@ class Figure:
         return self.ratio.median <= self.bar if self.at_most else self.ratio.median >= self.bar
 
 
+def processor_seconds(work: Work) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def wall_seconds(work: Work) -> float:
+    """For work on a GPU, which has to end with its results on the CPU."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def relative_speed(
-    ours: Sequence[Work], other: Sequence[Work], rounds: int, warm_up: int = 1
+    ours: Sequence[Work],
+    other: Sequence[Work],
+    rounds: int,
+    warm_up: int = 1,
+    seconds: Callable[[Work], float] = processor_seconds,
 ) -> Ratio:
     """How fast ours is, in units of the other: time(other) / time(ours), a ratio a round.
 
@@ -59,14 +76,8 @@ def relative_speed(
     for number in range(warm_up + rounds):
         ours_took = other_took = 0.0
         for our_piece, other_piece in zip(ours, other, strict=True):
-            ours_took += _processor_seconds(our_piece)
-            other_took += _processor_seconds(other_piece)
+            ours_took += seconds(our_piece)
+            other_took += seconds(other_piece)
         if number >= warm_up:
             ratios.append(other_took / ours_took)
     return Ratio(tuple(ratios))
-
-
-def _processor_seconds(work: Work) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start

@@ -28,6 +28,7 @@ SECTIONS = (
     "decoding",
     "compiled",
     "directions",
+    "rationales",
 )
 ON_VLLM = ("on_vllm",)
 """Sections for vLLM's own environment, whose results are kept apart."""

@@ -40,7 +40,9 @@ def test_rationales_of_a_file(run: Run) -> None:
 
 
 def test_without_a_folder_only_the_table_is_printed(run: Run) -> None:
-    said = run("rationale", "testbed-reader", "--task", "testbed:inference:dev", "--limit", "3", *QUICK)
+    said = run(
+        "rationale", "testbed-reader", "--task", "testbed:inference:dev", "--limit", "3", *QUICK
+    )
     assert said.code == 0
     assert "written" not in said.out
     assert list(Path().iterdir()) == []
@@ -126,8 +128,18 @@ def test_bad_folders_are_refused(run: Run, refused: Run) -> None:
     assert (nowhere.code, nowhere.out) == (2, "")
     assert "no run of moesteer" in nowhere.err
     said = run(
-        "rationale", "testbed-reader", "--task", "testbed:claims", "--limit", 2, "--out", "a", *QUICK
+        "rationale",
+        "testbed-reader",
+        "--task",
+        "testbed:claims",
+        "--limit",
+        2,
+        "--out",
+        "a",
+        *QUICK,
     )
     assert said.code == 0
-    other = refused("rationale", "testbed-reader", "--task", "testbed:inference", "--out", "a", *QUICK)
+    other = refused(
+        "rationale", "testbed-reader", "--task", "testbed:inference", "--out", "a", *QUICK
+    )
     assert "other settings: instances was" in other.err

@@ -257,6 +257,11 @@ def check_fits(profile: Profile, layers: tuple[LayerShape, ...]) -> None:
     """Raise MoesteerError unless each steered expert exists and each layer can obey."""
     shapes = {shape.layer: shape for shape in layers}
     for layer, expert in (*profile.activated, *profile.deactivated):
+        if not shapes:
+            raise MoesteerError(
+                f"{profile.name}: expert ({layer}, {expert}) names layer {layer}, but the model is"
+                " dense: it routes in none."
+            )
         if layer not in shapes:
             raise MoesteerError(
                 f"{profile.name}: expert ({layer}, {expert}) names layer {layer}, but the model"

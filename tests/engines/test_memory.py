@@ -1,5 +1,6 @@
 """Batches within the memory that is free, told by what an earlier one held."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,14 @@ from hypothesis import strategies as st
 from test_token_gradients import found, made, same
 
 from moesteer.engines.transformers import memory
-from moesteer.engines.transformers.memory import by_length, free_memory, in_batches, measured
+from moesteer.engines.transformers.memory import (
+    by_length,
+    free_memory,
+    in_batches,
+    measured,
+    texts_in_batches,
+)
+from moesteer.engines.transformers.reading import Piece
 from moesteer.errors import MoesteerError
 
 CPU = torch.device("cpu")
@@ -46,6 +54,17 @@ def test_rows_go_through_in_batches_that_fit(lengths: list[int], free: int) -> N
             list(run)
     else:
         assert sorted(run) == list(range(len(rows)))
+
+
+@given(lengths=st.lists(st.integers(1, 300), max_size=30))
+def test_texts_keep_their_numbers(lengths: list[int]) -> None:
+    pieces = [Piece((number,) * n, n, (), ()) for number, n in enumerate(lengths)]
+
+    def first(batch: Sequence[Piece]) -> list[int]:
+        return [piece.ids[0] for piece in batch]
+
+    run = texts_in_batches(pieces, CPU, first, "shorten it")
+    assert sorted(run) == [(number, number) for number in range(len(lengths))]
 
 
 def test_what_a_graph_holds_is_measured() -> None:

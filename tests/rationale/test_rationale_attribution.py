@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from made_laid import made_laid
 
 from moesteer.chat import TokenisedConversation
+from moesteer.direction import Direction
 from moesteer.engines.base import TokenGradient
 from moesteer.engines.readouts import Readout
 from moesteer.engines.tiny import tiny_model
@@ -24,6 +25,7 @@ from moesteer.rationale.instances import Instance, TextSpan
 from moesteer.rationale.labels import Decision, decision_readout
 from moesteer.rationale.layout import Laid, lay_out
 from moesteer.rationale.masking import Mask, without
+from moesteer.rationale.methods.integrated_gradients import TOLERANCE
 
 MASK = Mask("delete", None)
 SAID = Decision("right", "wrong", {})
@@ -64,6 +66,11 @@ def behaviour(engine: TransformersEngine) -> Profile:
 STEERING = Profile(activated=((0, 1), (2, 5)), deactivated=((1, 0),))
 
 
+REPLYING = Profile(
+    directions=(Direction(tuple([4.0] + [0.0] * 63), ((0, "input"),), window="generation"),)
+)
+
+
 @pytest.mark.parametrize("profile", [None, STEERING])
 def test_every_method_is_what_the_engine_gives(
     engine: TransformersEngine, laid: list[Laid], behaviour: Profile, profile: Profile | None
@@ -80,11 +87,11 @@ def test_every_method_is_what_the_engine_gives(
         progress=counted.append,
     )
     assert sum(counted) == 3 * len(METHODS)
-    assert found.notes == ()
+    assert all(gap is not None and 0 <= gap <= TOLERANCE for gap in found.gaps)
+    assert len(found.gaps) == 3
     assert [list(of) for of in found.scores] == [list(METHODS)] * 3
     readouts = [decision_readout(one, SAID) for one in laid]
-    texts = [readout.ids for readout in readouts]
-    maps = dict(engine.attention_maps(texts, profile))
+    maps = dict(engine.attention_maps(readouts, profile))
     gradients = dict(engine.token_gradients(readouts, profile, gates=True))
     table = np.where(np.isnan(behaviour.scores.value), 0, behaviour.scores.value)  # pyright: ignore
     routed = engine.weigh_selections([one.ids for one in laid], table, profile)
@@ -124,6 +131,21 @@ def test_a_profile_changes_what_is_attributed(
     for method in METHODS:
         before, after = (np.array(arm.scores[2][method]) for arm in arms)
         assert np.abs(before - after).max() > 1e-5
+
+
+def test_attention_is_steered_in_replies_alone(
+    engine: TransformersEngine, laid: list[Laid]
+) -> None:
+    """Only the last instance's labels begin alike, so that its reply has begun."""
+    methods = ["attention-last", "attention-mean", "attention-rollout"]
+    before, after = (
+        attribute(engine, laid, [SAID] * 3, methods, mask=MASK, profile=profile).scores
+        for profile in (None, REPLYING)
+    )
+    for number in range(3):
+        for method in methods:
+            moved = np.abs(np.subtract(before[number][method], after[number][method])).max()
+            assert (moved > 1e-5) == (number == 2)
 
 
 def test_together_is_as_one_by_one(
@@ -187,10 +209,10 @@ class _Counting:
         self.facts = SimpleNamespace(id="made up", layers=(LayerShape(0, 2, 1),) * layers)
         self.gap, self.value, self.passes = gap, value, []
 
-    def attention_maps(self, texts: list, profile: object) -> Any:
+    def attention_maps(self, readouts: list[Readout], profile: object) -> Any:
         self.passes.append("attention")
-        for number in reversed(range(len(texts))):
-            length = len(texts[number])
+        for number in reversed(range(len(readouts))):
+            length = len(readouts[number].ids)
             yield number, torch.full((2, length, length), 1 / length)
 
     def token_gradients(self, readouts: list[Readout], profile: object, **how: Any) -> Any:
@@ -230,10 +252,9 @@ def test_nothing_asked_is_nothing_done() -> None:
     assert engine.passes == []
 
 
-def test_scores_that_miss_the_whole_are_noted() -> None:
-    assert _made(["integrated-gradients"], _Counting()).notes == ()
-    (note,) = _made(["integrated-gradients"], _Counting(gap=0.3)).notes
-    assert note.startswith("integrated gradients of 2 of 2 instances miss more than 1%")
+def test_what_scores_miss_is_kept_of_each_instance() -> None:
+    assert _made(["integrated-gradients"], _Counting(gap=0.3)).gaps == (0.3, 0.3)
+    assert _made(["saliency-l1"], _Counting(gap=0.3)).gaps == (None, None)
 
 
 def test_errors_say_what_and_where() -> None:
@@ -261,10 +282,26 @@ def test_a_dense_model_is_attributed(engine: TransformersEngine, laid: list[Laid
 # -- units ---------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), max_size=9), st.integers(0, 10))
-def test_the_top_is_in_order_and_ties_go_to_the_first(scores: list[float], count: int) -> None:
-    order = np.argsort(-np.array(scores), kind="stable")
-    assert top(scores, count) == tuple(order[:count].tolist())
+SCORED = st.lists(st.tuples(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), st.integers(1, 4)), max_size=9)
+
+
+@given(SCORED, st.integers(0, 20))
+def test_the_top_is_in_order_and_ties_go_to_the_first(
+    scored: list[tuple[float, int]], budget: int
+) -> None:
+    scores, tokens = [score for score, _ in scored], [size for _, size in scored]
+    order = np.argsort(-np.array(scores), kind="stable").tolist()
+    found = top(scores, tokens, budget)
+    assert list(found) == order[: len(found)]
+    # No other number of units, none aside, comes nearer to the budget.
+    sizes = np.cumsum([0, *(tokens[number] for number in order)])
+    allowed = range(min(1, budget, len(scored)), len(scored) + 1)
+    assert abs(sizes[len(found)] - budget) == min(abs(sizes[count] - budget) for count in allowed)
+
+
+@given(st.lists(st.floats(-1, 1), max_size=9), st.integers(0, 10))
+def test_of_tokens_the_top_has_as_many_as_are_asked_for(scores: list[float], budget: int) -> None:
+    assert len(top(scores, [1] * len(scores), budget)) == min(budget, len(scores))
 
 
 def test_a_word_s_score_is_made_of_its_tokens() -> None:

@@ -15,6 +15,7 @@ from moesteer.rationale import explain as explaining
 from moesteer.rationale.comparing import compare_runs
 from moesteer.rationale.explain import Settings, arms_with, explain, methods_of, readings_of
 from moesteer.rationale.instances import parse_instance
+from moesteer.rationale.layout import lay_out
 from moesteer.rationale.reading import Reading
 from moesteer.runs import read_run
 
@@ -70,21 +71,30 @@ def test_every_instance_is_read_in_every_arm(readings: dict[tuple[str, int], Rea
         assert set(reading.named) == set(reading.controls) == {"unbound", "top-var-two-turn"}
 
 
-def test_choices_are_the_best_units_and_as_many_as_people_marked(
+def size(reading: Reading, units: tuple[int, ...]) -> int:
+    return sum(reading.tokens[unit] for unit in units)
+
+
+def test_choices_are_the_best_units_of_about_as_many_tokens_as_people_marked(
     readings: dict[tuple[str, int], Reading],
 ) -> None:
     for reading in readings.values():
+        marked = size(reading, reading.human)
         for method, scores in reading.scores.items():
             chosen = reading.choices[method].units
-            assert len(chosen) == 2
-            assert sorted(scores)[-2:] == sorted(scores[unit] for unit in chosen)
+            rest = [scores[unit] for unit in range(len(scores)) if unit not in chosen]
+            assert min(scores[unit] for unit in chosen) >= max(rest)
+            assert abs(size(reading, chosen) - marked) <= max(reading.tokens) / 2
         for way, drawn in reading.controls.items():
             assert len(drawn) == 2
-            assert {len(choice.units) for choice in drawn} == {len(reading.choices[way].units)}
+            named = size(reading, reading.choices[way].units)
+            for choice in drawn:
+                assert bool(choice.units) == bool(named)
+                assert abs(size(reading, choice.units) - named) <= max(reading.tokens)
 
 
 @torch.no_grad()
-def probabilities(engine: TransformersEngine, said: str) -> dict[str, float]:
+def label_scores(engine: TransformersEngine, said: str) -> torch.Tensor:
     """By hand: the label's words after a prompt that says this, through the plain model."""
     prompt = f"<|user|>{said} So?<|end|><|assistant|>"
     scores = []
@@ -96,7 +106,12 @@ def probabilities(engine: TransformersEngine, said: str) -> dict[str, float]:
         logs = engine.model(whole).logits[0].log_softmax(-1)
         places = range(before.shape[1], whole.shape[1])
         scores.append(sum(logs[at - 1, whole[0, at]] for at in places))
-    return dict(zip(LABELS, torch.stack(scores).softmax(0).tolist(), strict=True))
+    return torch.stack(scores)
+
+
+def probabilities(engine: TransformersEngine, said: str) -> dict[str, float]:
+    """Of each label among the labels."""
+    return dict(zip(LABELS, label_scores(engine, said).softmax(0).tolist(), strict=True))
 
 
 def test_labels_are_those_of_the_plain_model(
@@ -108,6 +123,8 @@ def test_labels_are_those_of_the_plain_model(
         assert reading.probabilities == pytest.approx(expected, abs=1e-5)
         assert reading.predicted == max(expected, key=lambda label: expected[label])
         assert reading.label == instance.label
+        mass = label_scores(engine, instance.texts["text"]).exp().sum()
+        assert reading.mass == pytest.approx(mass.item(), rel=1e-3)
 
 
 def test_masking_everything_is_the_same_for_every_method(
@@ -176,6 +193,32 @@ def test_a_spoilt_line_is_named(engine: TransformersEngine, run: Path, tmp_path:
         readings_of(read_run(tmp_path))
 
 
+def test_a_reading_that_contradicts_itself_is_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text((run / "run.json").read_text())
+    lines = (run / "readings.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    for change, said in (
+        ({"human": [99]}, "does not fit its"),
+        ({"tokens": [1]}, "does not fit its"),
+        ({"item": json.loads(lines[1])["item"]}, "stands there already"),
+    ):
+        spoilt = [lines[1], json.dumps(first | change)]
+        (tmp_path / "readings.jsonl").write_text("\n".join(spoilt) + "\n")
+        with pytest.raises(MoesteerError, match=rf"readings\.jsonl:2: .*{said}"):
+            readings_of(read_run(tmp_path))
+
+
+def test_what_cannot_be_asked_is_refused_before_the_run(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = max(len(one.ids) for one in lay_out(INSTANCES, engine.tokenizer))
+    monkeypatch.setattr(engine, "max_tokens", longest + 20)
+    settings = replace(SETTINGS, methods=("occlusion", "top-var-two-turn"))
+    with pytest.raises(MoesteerError, match=rf"asking for its words .*context of {longest + 20};"):
+        explain(engine, INSTANCES, settings, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_methods(engine: TransformersEngine) -> None:
     by_default = methods_of(engine, None, None)
     assert "gate-x-gradient" in by_default
@@ -186,6 +229,8 @@ def test_methods(engine: TransformersEngine) -> None:
     )
     with pytest.raises(MoesteerError, match="no method 'guess'; choose from attention-last"):
         methods_of(engine, ["guess"], None)
+    with pytest.raises(MoesteerError, match="needs a profile with scores"):
+        methods_of(engine, ["behaviour-routing"], None)
 
 
 def test_a_method_that_there_is_none_of_is_not_passed_over(

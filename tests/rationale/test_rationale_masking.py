@@ -50,6 +50,12 @@ def test_only_masks_what_without_keeps(units: set[int]):
         assert only(LAID, units, mask) == tuple(t for t in shown if t is not None)
 
 
+def test_a_neutral_text_that_cannot_be_read_is_refused():
+    for text, said in (("\udcff", "not valid Unicode"), ("_\0", "NUL")):
+        with pytest.raises(MoesteerError, match=f"the neutral token: .*{said}"):
+            mask_of("neutral", stand_in(), text)
+
+
 def test_every_token_of_a_word_is_masked():
     word = LAID.units[1]
     longer = Laid(LAID.instance, LAID.ids, (type(word)("one", 2, 5, (2, 3, 4), True),), LAID.labels)

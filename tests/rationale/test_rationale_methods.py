@@ -83,10 +83,11 @@ def test_saliency_by_hand() -> None:
 
 
 def test_scores_that_do_not_add_up_are_told() -> None:
-    laid = [made_laid({"text": "One word."}, source=f"made:{n}") for n in range(3)]
-    assert gap_note(laid, {0: 0.001, 1: 0.0099, 2: 0.0}) is None
-    assert gap_note(laid, {0: 0.02, 1: 0.5, 2: 0.0}) == (
-        "integrated gradients of 2 of 3 instances miss more than 1% of what they should sum to, at"
+    sources = [f"made:{n}" for n in range(4)]
+    assert gap_note(sources, [None] * 4) is None
+    assert gap_note(sources, [0.001, 0.0099, 0.0, None]) is None
+    assert gap_note(sources, [0.02, 0.5, 0.0, None]) == (
+        "integrated gradients of 2 of 3 readings miss more than 1% of what they should sum to, at"
         " most 50.0% (made:1)."
     )
 

@@ -71,21 +71,41 @@ def test_a_list_is_read_however_it_is_written(reply: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "words"),
+    ("reply", "words", "label"),
     [
-        ("yes. Words: drills, teeth", "drills teeth"),
-        ("Label: yes\nWords: drills, teeth", "drills teeth"),
-        ("Yes, drills, teeth", "drills teeth"),
-        ("Answer: no\ndrills\nteeth", "drills teeth"),
-        ("yes", ""),
-        ("drills, teeth", "drills teeth"),
-        ("", ""),
+        ("yes. Words: drills, teeth", "drills teeth", "right"),
+        ("Label: yes\nWords: drills, teeth", "drills teeth", "right"),
+        ("Yes, drills, teeth", "drills teeth", "right"),
+        ("Answer: no\ndrills\nteeth", "drills teeth", "wrong"),
+        ("**No**. Words: drills", "drills", "wrong"),
+        ("Yes or no: no. Words: drills", "drills", "wrong"),
+        ("Norway. Words: drills", "drills", None),
+        ("yes", "", "right"),
+        ("drills, teeth", "drills teeth", None),
+        ("Words: drills, teeth", "drills teeth", None),
+        ("", "", None),
     ],
 )
-def test_the_label_that_was_asked_for_is_no_named_word(reply: str, words: str) -> None:
+def test_the_label_that_was_asked_for_is_no_named_word(
+    reply: str, words: str, label: str | None
+) -> None:
     units, named = parse_named(reply, DENTIST, None, labelled=True)
     assert words_of(DENTIST, units) == words.split()
-    assert (named.words, named.absent) == (len(words.split()), ())
+    assert (named.words, named.absent, named.label) == (len(words.split()), (), label)
+    assert parse_named(reply, DENTIST, None)[1].label is None
+
+
+def test_the_longest_label_opens_a_reply_and_none_of_the_list_does() -> None:
+    labels = {"s": "nurse", "l": "nurse aide", "y": " yes"}
+    nurse = made_laid({"text": "A nurse said yes."}, labels=labels)
+    for reply, label in (
+        ("Nurse aide. Words: A", "l"),
+        ("nurse, aide", "s"),
+        ("YES", "y"),
+        ("Words: nurse, yes", None),
+        ("The words: yes", None),
+    ):
+        assert parse_named(reply, nurse, None, labelled=True)[1].label == label
 
 
 def test_only_the_label_at_the_beginning_is_left_out() -> None:
@@ -179,7 +199,7 @@ def test_those_beyond_the_number_asked_for_are_kept_and_counted() -> None:
 @pytest.mark.parametrize("reply", ["", "  \n", "…", "Words:", "yes. Words: –"])
 def test_an_empty_rationale(reply: str) -> None:
     found = parse_named(reply, made_laid({"text": "Some words."}), 3, labelled=True)
-    assert found == ((), Named(reply, 0))
+    assert found == ((), Named(reply, 0, label="right" if "yes" in reply else None))
 
 
 def test_tokens_as_units_are_found_by_their_word() -> None:
@@ -267,6 +287,8 @@ def test_each_way_of_each_instance_gets_its_reply(model_folder: Path) -> None:
     assert words_of(DENTIST, first["top-var-two-turn"][0]) == ["drills", "teeth"]
     assert words_of(GATE, second["unbound"][0]) == ["blue"]
     assert second["top-var-two-turn"][1].surplus == 1
+    assert (first["unbound"][1].label, second["unbound"][1].label) == ("right", None)
+    assert first["top-var-two-turn"][1].label is None
     assert engine.asked[3].endswith("and nothing else.<|end|><|assistant|>")
     assert "So?<|end|><|assistant|>no<|end|><|user|>Which 1 words" in engine.asked[3]
 
@@ -300,7 +322,23 @@ def test_a_model_is_asked(model_folder: Path) -> None:
     )
     assert list(found) == list(WAYS)
     assert sum(counted) == len(WAYS)
+    for _, named in found.values():
+        length = len(engine.tokenizer(named.reply, add_special_tokens=False)["input_ids"])
+        assert named.cut == (length >= 4)
     assert ask_rationales(engine, [laid], [Decision("right", "wrong", {})], []) == [{}]
+
+
+def test_a_reply_as_long_as_allowed_is_cut(model_folder: Path) -> None:
+    reply = "yes. Words: drills, bad, teeth"
+    engine = _engine(model_folder, [reply])
+    length = len(engine.tokenizer(reply, add_special_tokens=False)["input_ids"])
+    decision = Decision("right", "wrong", {})
+    for allowed, cut in ((length - 1, True), (length, True), (length + 1, False)):
+        (found,) = ask_rationales(
+            engine, [DENTIST], [decision], ["unbound"], max_new_tokens=allowed
+        )
+        units, named = found["unbound"]
+        assert (words_of(DENTIST, units), named.cut) == (["drills", "bad", "teeth"], cut)
 
 
 def test_errors_say_where_and_what(model_folder: Path) -> None:
@@ -309,5 +347,7 @@ def test_errors_say_where_and_what(model_folder: Path) -> None:
     with pytest.raises(MoesteerError, match="no way of asking 'loudly'; choose from unbound, "):
         ask_rationales(engine, [GATE], [decision], ["loudly"])
     engine.max_tokens = 40
-    with pytest.raises(MoesteerError, match=r"made:1: \d+ tokens; with 64 new ones .* of 40"):
+    with pytest.raises(
+        MoesteerError, match=r"made:1: .* \d+ tokens and the reply up to 128.* of 40"
+    ):
         ask_rationales(engine, [GATE], [decision], ["unbound"])

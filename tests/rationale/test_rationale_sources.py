@@ -106,6 +106,14 @@ def test_e_snli_training_files_have_one_annotator(tmp_path: Path):
     assert marked(found) == [("premise", "runs."), ("hypothesis", "moves.")]
 
 
+def test_punctuation_alone_is_no_word(tmp_path: Path):
+    alone = snli_row(
+        Sentence1_marked_1="Two women, sitting outside*.*", Sentence2_marked_1="The women stand."
+    )
+    with pytest.warns(MoesteerWarning, match="1 of 2 .*agreed on no word"):
+        assert len(read_instances(write_csv(tmp_path / "e.csv", [snli_row(), alone]))) == 1
+
+
 def test_e_snli_counts_what_it_leaves_out(tmp_path: Path):
     rows = [
         snli_row(),
@@ -132,7 +140,7 @@ def test_e_snli_counts_what_it_leaves_out(tmp_path: Path):
 
 PIECES = st.lists(
     st.tuples(st.text("ab,.é", min_size=1, max_size=4), st.booleans()), min_size=1, max_size=8
-).filter(lambda pieces: any(star for _, star in pieces))
+).filter(lambda pieces: any(star and word.strip(",.") for word, star in pieces))
 
 
 @given(words=PIECES, several=st.booleans())
@@ -213,6 +221,12 @@ def test_fever_leaves_out_claims_without_evidence_and_refuses_missing_texts(
         assert len(read_instances(path)) == 1
     path = write_jsonl(tmp_path / "b.jsonl", [good, claim([evidence("Wall", 0, 1, "A")])])
     with pytest.raises(MoesteerError, match=r"b.jsonl:2: there is no text .*Wall"):
+        read_instances(path)
+    path = write_jsonl(tmp_path / "b.jsonl", [good, claim([evidence("a" * 400, 0, 1, "A")])])
+    with pytest.raises(MoesteerError, match=r"b.jsonl:2: there is no text .*aaa"):
+        read_instances(path)
+    path = write_jsonl(tmp_path / "b.jsonl", [claim([evidence("Tower", -9, 1, "A")])])
+    with pytest.raises(MoesteerError, match=r"b.jsonl:1: .*start_token.* greater than or equal"):
         read_instances(path)
     path = write_jsonl(tmp_path / "c.jsonl", [claim(classification="POS")])
     with pytest.raises(MoesteerError, match=r"c.jsonl:1: .*'POS'.*SUPPORTS, REFUTES"):

@@ -29,6 +29,7 @@ def reading(item: int, right: bool = True, arm: str = "unsteered", **found: obje
         "yes",
         "yes" if right else "no",
         {"yes": 0.75, "no": 0.25} if right else {"yes": 0.25, "no": 0.75},
+        0.5,
         {"claim": "a b", "document": "c d"},
         UNITS,
         (1, 2),
@@ -49,7 +50,7 @@ BY_HAND = [
         },
         curve={"occlusion": (Masked(0.0, 0.25, 0.5), Masked(1.0, 0.5, 0.25))},
         shares=(0.1, 0.5),
-        named={"unbound": Named("b z", 2, ("z",), 1, 0)},
+        named={"unbound": Named("b z", 2, ("z",), 1, 0, cut=True, label="yes")},
         controls={"unbound": (choice(3, flipped=1, lost=0.25, alone=0.5), choice(0))},
     ),
     reading(
@@ -64,13 +65,13 @@ BY_HAND = [
         },
         curve={"occlusion": (Masked(0.0, 0.0, 0.5), Masked(1.0, 0.5, 0.5))},
         shares=(0.1, 0.5),
-        named={"unbound": Named("y z", 2, ("y", "z"), 0, 3)},
+        named={"unbound": Named("y z", 2, ("y", "z"), 0, 3, label="yes")},
         controls={"unbound": (choice(alone=0.5), choice(alone=0.5))},
     ),
 ]
 
 MEANS = {
-    ("occlusion", "units"): (2, 2),
+    ("occlusion", "tokens"): (2, 2.5),
     ("occlusion", "f1"): (2, (1 + 2 * 1 / (2 + 3)) / 2),
     ("occlusion", "precision"): (2, (1 + 1 / 2) / 2),
     ("occlusion", "recall"): (2, (1 + 1 / 3) / 2),
@@ -89,7 +90,7 @@ MEANS = {
     ("random", "f1"): (2, ((2 * 2 / 6 + 2 * 1 / 5) / 2 + 1) / 2),
     ("random", "flip"): (2, (0.5 + 0) / 2),
     ("random", "flip_right"): (1, 0.5),
-    ("unbound", "units"): (2, 0.5),
+    ("unbound", "tokens"): (2, 1),
     ("unbound", "f1"): (2, (2 * 2 / 5 + 0) / 2),
     ("unbound", "precision"): (2, 0.5),
     ("unbound", "in:claim"): (1, 1),
@@ -129,6 +130,19 @@ def test_prompted_replies_are_counted():
     (found,) = summarise(BY_HAND).prompted
     assert (found.arm, found.method, found.replies, found.empty) == ("unsteered", "unbound", 2, 1)
     assert (found.words, found.absent, found.inflected, found.surplus) == (4, 3, 1, 3)
+    assert (found.cut, found.otherwise) == (1, 1)
+
+
+@pytest.mark.parametrize(("method", "otherwise"), [("top-var", 2), ("top-var-two-turn", 0)])
+def test_only_a_reply_that_was_to_give_the_label_can_give_another(method: str, otherwise: int):
+    """Of labels right, none and wrong, and of choices that don't matter here."""
+    said = ("yes", None, "no")
+    readings = [
+        reading(item, choices={method: choice(1)}, named={method: Named("b", 1, label=label)})
+        for item, label in enumerate(said)
+    ]
+    (found,) = summarise(readings).prompted
+    assert (found.replies, found.otherwise, found.cut) == (3, otherwise, 0)
 
 
 def test_faithfulness_is_compared_at_equal_counts_only():
@@ -288,8 +302,8 @@ def test_arms_are_compared_in_faithfulness_at_equal_counts_only():
     }
     for method in ("occlusion", "random"):
         assert {"f1", "flip", "comprehensiveness", "sufficiency"} <= changed[method]
-    assert changed["unbound"] == {"units", "f1", "in:claim", "in:document"}
-    assert changed["random for unbound"] == {"units", "f1", "in:claim", "in:document"}
+    assert changed["unbound"] == {"tokens", "f1", "in:claim", "in:document"}
+    assert changed["random for unbound"] == {"tokens", "f1", "in:claim", "in:document"}
 
 
 def test_the_order_of_readings_does_not_matter_to_numbers():
@@ -321,10 +335,11 @@ def test_other_files_are_refused():
 # -- accuracy first ------------------------------------------------------------------------------
 
 
-def arm(gold: dict[str, int], predicted: dict[str, int], right: int) -> ArmFacts:
+def arm(gold: dict[str, int], predicted: dict[str, int], right: int, mass: float = 0.9) -> ArmFacts:
     n = sum(gold.values())
     low, high = wilson_interval(right, n)
-    return ArmFacts("a", n, right, right / n, low, high, max(gold.values()) / n, gold, predicted)
+    majority = max(gold.values()) / n
+    return ArmFacts("a", n, right, right / n, low, high, majority, gold, predicted, mass)
 
 
 def test_accuracy_and_labels():
@@ -344,6 +359,19 @@ def test_a_model_near_chance_is_doubted():
         "59 of 100 instances are labelled rightly (59%, interval 49% to 68%), where always saying"
         " “yes” would reach 50%"
     )
+
+
+def test_labels_that_the_model_would_not_say_are_doubted():
+    even = {"yes": 50, "no": 50}
+    assert doubtful(arm(even, even, 80, mass=0.02)) is None
+    said = doubtful(arm(even, even, 80, mass=2e-5))
+    assert said is not None
+    assert "2e-05 of the probability of all replies" in said
+
+
+def test_the_mass_is_the_median():
+    found = [replace(r, mass=mass) for r, mass in zip(many(3), (0.1, 0.9, 0.3), strict=True)]
+    assert summarise(found).arms[0].mass == 0.3
 
 
 def test_a_label_that_takes_over_is_doubted():

@@ -45,6 +45,8 @@ def test_what_the_model_names_is_what_people_mark(easy: Summary) -> None:
     assert mean(easy, "unbound", "f1").value >= 0.9
     (named,) = easy.prompted
     assert named.absent <= 0.05 * named.words
+    assert named.cut == 0
+    assert named.otherwise <= 0.05 * named.replies
 
 
 @pytest.mark.parametrize("task", classification.TASKS)

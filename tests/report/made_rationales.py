@@ -83,6 +83,9 @@ def _reading(item: int, arm: str, draw: random.Random, right: float, skill: floa
     choices = {method: choice(first(method, len(human)), rise) for method, rise in rises.items()}
     said = [*human[: draw.randrange(len(human) + 1)], draw.randrange(len(units))]
     choices["unbound"] = choice(sorted(set(said)), 0.6)
+    wrong = next(name for name in LABELS if name != predicted)
+    opens = {1: wrong, 2: None}.get(item, predicted)
+    named = Named("yes, by: …", len(said) + 1, ("sky",), 1, 0, cut=item == 3, label=opens)
     return Reading(
         item=item,
         source=f"made.jsonl:{item + 1}",
@@ -90,6 +93,7 @@ def _reading(item: int, arm: str, draw: random.Random, right: float, skill: floa
         label=label,
         predicted=predicted,
         probabilities={name: 0.7 if name == predicted else 0.15 for name in LABELS},
+        mass=0.9,
         texts=texts,
         units=units,
         human=human,
@@ -104,7 +108,7 @@ def _reading(item: int, arm: str, draw: random.Random, right: float, skill: floa
             for method, rise in rises.items()
         },
         shares=SHARES,
-        named={"unbound": Named("yes, by: …", len(said) + 1, ("sky",), 1, 0)},
+        named={"unbound": named},
         controls={
             "unbound": tuple(
                 choice(draw.sample(range(len(units)), len(set(said))), 0.0) for _ in range(2)

@@ -32,6 +32,7 @@ from moesteer.report.blocks import (
     Table,
     Warn,
 )
+from moesteer.report.finetune_section import finetune_blocks
 from moesteer.report.html import html_of
 from moesteer.report.markdown import escaped, markdown_of
 from moesteer.report.page import Rationales, gather
@@ -171,7 +172,7 @@ def test_what_the_model_named_is_counted():
     table = tables(blocks())["Words that the model named"]
     (row,) = table.rows
     named = [reading.named["unbound"] for reading in run().readings]
-    assert [cell.value for cell in row[2:]] == [30, 0, sum(n.words for n in named), 30, 30, 0]
+    assert [cell.value for cell in row[2:]] == [30, 0, 1, 2, sum(n.words for n in named), 30, 30, 0]
 
 
 # -- texts ---------------------------------------------------------------------------------------
@@ -423,3 +424,16 @@ def test_epochs_at_the_terminal():
         assert f"{summary.arms[0].accuracy:.0%}" in said
     assert said.count("epoch 0, unsteered: flip rates mean little") == 1
     assert "epoch 1, unsteered: flip" not in said
+
+
+def test_an_unfinished_fine_tuning_says_so(tmp_path: Path):
+    folder = finetune_run(tmp_path / "run", asdict(facts()), epochs=2)
+    (run,) = gather([folder]).finetunes
+
+    def warnings_of(epochs: int) -> str:
+        settings = {**run.run.settings, "training": {"epochs": epochs}}
+        blocks = finetune_blocks(replace(run, run=replace(run.run, settings=settings)))
+        return " ".join(block.text for block in blocks if isinstance(block, Warn))
+
+    assert "Unfinished: 2 of 5 epochs" in warnings_of(5)
+    assert "Unfinished" not in warnings_of(2)

@@ -28,6 +28,7 @@ def run(
     calibrate: bool = False,
     seeds: int = 3,
     limit: int | None = None,
+    max_new_tokens: int = 128,
     plain: bool = False,
     checkpointing: bool = False,
     options: ModelOptions = DEFAULT,
@@ -73,6 +74,8 @@ def run(
         How many random rationales each instance is compared with.
     limit
         Only the first so many instances.
+    max_new_tokens
+        Longest reply that names words; longer ones are cut, and counted.
     plain
         Without a chat template: the prompt is the text as it stands (base models).
     checkpointing
@@ -93,12 +96,12 @@ def run(
     from moesteer.report.terminal import print_text
 
     check_least(0, controls=controls, seed=seed)
-    check_least(1, seeds=seeds, limit=limit)
+    check_least(1, seeds=seeds, limit=limit, max_new_tokens=max_new_tokens)
     instances = read_instances(task)[:limit]
     profile, scored = load_profile(with_), load_profile(behaviour)
     engine = load_engine(model, options, profile, dense=True)
     settings = Settings(
-        methods=methods_of(engine, methods, scored),
+        methods=methods_of(engine, methods if methods is not None else _default(options), scored),
         unit=unit,
         pool=pool,
         masking=mask,
@@ -107,6 +110,7 @@ def run(
         seeds=seeds,
         plain=plain,
         checkpointing=checkpointing,
+        max_new_tokens=max_new_tokens,
         seed=seed,
     )
     arms = arms_with(profile, engine.facts.layers, controls)
@@ -127,6 +131,13 @@ def run(
     print_text(rationale_page(summary))
     if out is not None:
         print_text(f"written: {out}")
+
+
+def _default(options: ModelOptions) -> list[str] | None:
+    """The methods that need no gradients and no attention where the engine shows none."""
+    from moesteer.rationale.prompting import PROMPTED
+
+    return ["occlusion", *PROMPTED] if options.engine == "vllm" else None
 
 
 def compare(runs: list[str], /, *, seed: int = 0) -> None:

@@ -184,12 +184,12 @@ class Engine(Protocol):
         ...
 
     def attention_maps(
-        self, texts: Sequence[Sequence[int]], profile: "Profile | None" = None
+        self, readouts: Sequence[Readout], profile: "Profile | None" = None
     ) -> 'Iterator[tuple[int, Float[Tensor, "layer token token"]]]':
-        """Each text's number, from 0, and who attends to whom, in any order.
+        """Each readout's number, from 0, and who attends to whom in its text, in any order.
 
         The mean over heads in fp32 on the CPU; a row, the token that attends, sums to 1. Raises
-        MoesteerError where a layer has no attention weights.
+        MoesteerError for a readout without terms, and where a layer has no attention weights.
         """
         ...
 

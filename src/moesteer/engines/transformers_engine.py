@@ -217,11 +217,11 @@ class TransformersEngine:
         return token_gradients(attributed, readouts, gates=gates)
 
     def attention_maps(
-        self, texts: Sequence[Sequence[int]], profile: Profile | None = None
+        self, readouts: Sequence[Readout], profile: Profile | None = None
     ) -> Iterator[tuple[int, Float[Tensor, "layer token token"]]]:
         """See `Engine.attention_maps`. Switches attention to eager, with a warning, and back."""
-        self._check_texts(texts, profile)
-        return attention_maps(self._attributed(profile), texts)
+        self._check(readouts, [profile])
+        return attention_maps(self._attributed(profile), readouts)
 
     def integrated_gradients(
         self,
@@ -248,11 +248,8 @@ class TransformersEngine:
     ) -> list[Float[np.ndarray, " token"]]:
         """See `Engine.weigh_selections`."""
         self._check_routed()
-        self._check_texts(texts, profile)
-        return weigh_selections(self._attributed(profile), texts, table)
-
-    def _check_texts(self, texts: Sequence[Sequence[int]], profile: Profile | None) -> None:
         self._check([Readout(tuple(text), ()) for text in texts], [profile])
+        return weigh_selections(self._attributed(profile), texts, table)
 
     def _attributed(self, profile: Profile | None, checkpointing: bool = False) -> Attributed:
         stream = self._stream_for([profile])

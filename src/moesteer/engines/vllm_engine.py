@@ -242,7 +242,7 @@ class VllmEngine:
         raise _no_gradients()
 
     def attention_maps(
-        self, texts: Sequence[Sequence[int]], profile: Profile | None = None
+        self, readouts: Sequence[Readout], profile: Profile | None = None
     ) -> "Iterator[tuple[int, Tensor]]":
         """Not to be had from vLLM: raises MoesteerError."""
         raise _inside("attention weights")

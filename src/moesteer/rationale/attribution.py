@@ -24,7 +24,7 @@ from moesteer.rationale.methods import attention, saliency
 from moesteer.rationale.methods.behaviour_routing import behaviour_routing
 from moesteer.rationale.methods.gate_x_gradient import gate_x_gradient
 from moesteer.rationale.methods.input_x_gradient import input_x_gradient
-from moesteer.rationale.methods.integrated_gradients import gap_note, integrated_gradients
+from moesteer.rationale.methods.integrated_gradients import integrated_gradients
 from moesteer.rationale.methods.occlusion import occlusion
 from moesteer.rationale.methods.random_units import random_scores as random_scores
 
@@ -74,10 +74,11 @@ _OF_GRADIENTS: Mapping[str, Callable[[TokenGradient], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Attributed:
-    """For each instance a number for each unit, by method; and what the reader should know."""
+    """For each instance a number for each unit, by method; and which share of their whole
+    integrated gradients miss, None where they were not asked for."""
 
     scores: tuple[dict[str, tuple[float, ...]], ...]
-    notes: tuple[str, ...]
+    gaps: tuple[float | None, ...]
 
 
 def attribute(
@@ -125,9 +126,8 @@ def attribute(
             of["occlusion"] = tuple(drop.tolist())
         done(len(laid))
     _check_finite(asked, found)
-    note = gap_note(laid, gaps)
     ordered = tuple({method: of[method] for method in methods} for of in found)
-    return Attributed(ordered, () if note is None else (note,))
+    return Attributed(ordered, tuple(map(gaps.get, range(len(laid)))))
 
 
 def pooled(scores: Float[np.ndarray, " token"], laid: Laid, pool: Pool) -> tuple[float, ...]:
@@ -135,9 +135,21 @@ def pooled(scores: Float[np.ndarray, " token"], laid: Laid, pool: Pool) -> tuple
     return tuple(_POOLS[pool](scores[list(unit.tokens)]) for unit in laid.units)
 
 
-def top(scores: Sequence[float], count: int) -> tuple[int, ...]:
-    """The numbers of so many units with the largest scores, best first, of equal ones the first."""
-    return tuple(sorted(range(len(scores)), key=lambda number: -scores[number])[:count])
+def top(scores: Sequence[float], tokens: Sequence[int], budget: int) -> tuple[int, ...]:
+    """The numbers of the units with the largest scores, best first, of equal ones the first: as
+    many as come nearest to `budget` tokens, and one at least unless that is 0.
+
+    By tokens, not by units: a method that likes long words would else mask, and agree, more.
+    """
+    chosen: list[int] = []
+    total = 0
+    for number in sorted(range(len(scores)), key=lambda number: -scores[number]):
+        more = total + tokens[number]
+        if total >= budget or (chosen and more - budget >= budget - total):
+            break
+        chosen.append(number)
+        total = more
+    return tuple(chosen)
 
 
 # -- passes through the model --------------------------------------------------------------------
@@ -160,8 +172,7 @@ def _by_attention(asked: _Asked) -> _Found:
     own = [method for method in asked.methods if method in _OF_ATTENTION]
     if own:
         # The last token is the one that decides.
-        texts = [readout.ids for readout in asked.readouts]
-        for number, maps in asked.engine.attention_maps(texts, asked.profile):
+        for number, maps in asked.engine.attention_maps(asked.readouts, asked.profile):
             for method in own:
                 yield method, number, _OF_ATTENTION[method](maps)
 
@@ -222,4 +233,8 @@ def check_methods(methods: Sequence[str], routed: bool, behaviour: "Profile | No
         raise MoesteerError(
             "behaviour-routing needs a profile with scores of experts (--behaviour, from"
             " `moesteer detect`)."
+        )
+    if "behaviour-routing" in methods and behaviour is not None and behaviour.scores is None:
+        raise MoesteerError(
+            f"{behaviour.name} has no scores of experts; give a profile from `moesteer detect`."
         )

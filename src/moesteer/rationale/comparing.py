@@ -36,7 +36,7 @@ def compare_runs(folders: Sequence[str | Path], seed: int = 0) -> Summary:
             command = run.about.get("command") or f"moesteer {KIND} …"
             raise MoesteerError(f"{path} is not finished; go on with it by its command: {command}")
         first = first or run
-        if run.settings["instances"] != first.settings["instances"]:
+        if run.settings.get("instances") != first.settings.get("instances"):
             raise MoesteerError(
                 f"{first.folder} and {path} are of different instances; compare runs of the same"
                 " --task."

@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,8 @@ from moesteer.rationale.instances import Instance, instances_hash
 from moesteer.rationale.labels import Decision, calibration, decide, score_labels
 from moesteer.rationale.layout import Laid, UnitKind, lay_out
 from moesteer.rationale.masking import Mask, Masking, mask_of
-from moesteer.rationale.prompting import PROMPTED, ask_rationales
+from moesteer.rationale.methods.integrated_gradients import gap_note
+from moesteer.rationale.prompting import NEW_TOKENS, PROMPTED, ask_rationales, check_askable
 from moesteer.rationale.reading import Choice, Reading
 from moesteer.rationale.summary import Summary, summarise
 from moesteer.runs import Run, open_run
@@ -60,7 +62,7 @@ class Settings:
 
     methods: names of `METHODS` and `PROMPTED`. seeds: how many random rationales. masking, neutral:
     see `mask_of`. calibrated: labels against what they score without the texts. plain: without a
-    chat template.
+    chat template. max_new_tokens: of a reply that names words.
     """
 
     methods: tuple[str, ...]
@@ -73,6 +75,7 @@ class Settings:
     shares: tuple[float, ...] = SHARES
     plain: bool = False
     checkpointing: bool = False
+    max_new_tokens: int = NEW_TOKENS
     seed: int = 0
 
     @property
@@ -108,7 +111,6 @@ def explain(
         if profile is not None:
             check_model(profile, engine.facts)
     methods_of(engine, settings.methods, behaviour)
-    check_methods(settings.attributed, bool(engine.facts.layers), behaviour)
     laid = lay_out(
         instances,
         engine.tokenizer,
@@ -116,6 +118,14 @@ def explain(
         plain=settings.plain,
         chat_options=chat_options,
         max_tokens=engine.max_tokens,
+    )
+    check_askable(
+        engine,
+        laid,
+        settings.prompted,
+        chat_options=chat_options,
+        plain=settings.plain,
+        max_new_tokens=settings.max_new_tokens,
     )
     mask = mask_of(settings.masking, engine.tokenizer, settings.neutral)
     identity = {
@@ -131,7 +141,6 @@ def explain(
         readings = {(r.arm, r.item): r for r in readings_of(run)}
         told = tally(progress, len(arms) * len(laid), len(readings))
         told(0)
-        notes: dict[str, None] = {}
         for name, profile in arms.items():
             waiting = [n for n in range(len(laid)) if (name, n) not in readings]
             if not waiting:
@@ -140,14 +149,13 @@ def explain(
             offsets = _offsets(arm, laid)
             for start in range(0, len(waiting), SAVED):
                 numbers = waiting[start : start + SAVED]
-                made, noted = _readings(arm, {n: laid[n] for n in numbers}, offsets)
+                made = _readings(arm, {n: laid[n] for n in numbers}, offsets)
                 run.add(READINGS, [asdict(reading) for reading in made])
                 readings |= {(name, reading.item): reading for reading in made}
-                notes |= dict.fromkeys(noted)
                 told(len(numbers))
-        for note in notes:
-            warnings.warn(note, MoesteerWarning, stacklevel=2)
         ordered = [readings[name, n] for name in arms for n in range(len(laid))]
+        if note := gap_note([r.source for r in ordered], [r.gap for r in ordered]):
+            warnings.warn(note, MoesteerWarning, stacklevel=2)
         result = summarise(ordered, settings.seed)
         write_text(run.folder / SUMMARY, result.to_json() + "\n")
     return result
@@ -157,17 +165,36 @@ def readings_of(run: Run) -> list[Reading]:
     """What a run has read so far; MoesteerError, with its place, for a line that is none."""
     from pydantic import TypeAdapter, ValidationError
 
-    form, found = TypeAdapter(Reading), []
+    form = TypeAdapter(Reading)
+    found: dict[tuple[str, int], Reading] = {}
     for number, record in enumerate(run.lines(READINGS), start=1):
+        where = f"{run.folder / READINGS}.jsonl:{number}"
         try:
-            found.append(form.validate_python(record))
+            reading = form.validate_python(record)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
+            place = ".".join(map(str, first["loc"]))
+            raise MoesteerError(f"{where}: {place}: {first['msg']}; delete the line.") from None
+        if not _whole(reading):
             raise MoesteerError(
-                f"{run.folder / READINGS}.jsonl:{number}: {where}: {first['msg']}; delete the line."
-            ) from None
-    return found
+                f"{where}: it does not fit its {len(reading.units)} units; delete the line."
+            )
+        if (reading.arm, reading.item) in found:
+            raise MoesteerError(
+                f"{where}: instance {reading.item} of the arm {reading.arm} stands there already;"
+                " delete the line."
+            )
+        found[reading.arm, reading.item] = reading
+    return list(found.values())
+
+
+def _whole(reading: Reading) -> bool:
+    """Whether it has a number for each unit, and names no others."""
+    numbers = (reading.tokens, *reading.scores.values())
+    choices = chain(reading.choices.values(), *reading.controls.values())
+    named = chain(reading.human, *(choice.units for choice in choices))
+    count = len(reading.units)
+    return all(len(of) == count for of in numbers) and all(0 <= unit < count for unit in named)
 
 
 # -- what is asked for ---------------------------------------------------------------------------
@@ -191,6 +218,8 @@ def methods_of(
             )
     if not named:
         raise MoesteerError("no method is named; leave --methods out to have all.")
+    attributed = [method for method in named if method in METHODS]
+    check_methods(attributed, bool(engine.facts.layers), behaviour)
     return tuple(dict.fromkeys(named))
 
 
@@ -242,10 +271,8 @@ def _offsets(arm: _Arm, laid: Sequence[Laid]) -> Offsets:
     )
 
 
-def _readings(
-    arm: _Arm, laid: Mapping[int, Laid], offsets: Offsets
-) -> tuple[list[Reading], tuple[str, ...]]:
-    """The readings of some instances, by number, and what the reader should know of them."""
+def _readings(arm: _Arm, laid: Mapping[int, Laid], offsets: Offsets) -> list[Reading]:
+    """The readings of some instances, by number."""
     items, settings = list(laid.values()), arm.settings
     own = [offsets[number] for number in laid]
     scores = score_labels(arm.engine, [(one, one.ids) for one in items], arm.profile)
@@ -269,6 +296,7 @@ def _readings(
         profile=arm.profile,
         chat_options=arm.chat_options,
         plain=settings.plain,
+        max_new_tokens=settings.max_new_tokens,
     )
     wanted = [
         _rationales(one, of, {way: units for way, (units, _) in said.items()}, settings)
@@ -289,7 +317,7 @@ def _readings(
         of = wanted[at]
         made.append(
             Reading(
-                **_facts(number, arm, items[at], decisions[at]),
+                **_facts(number, arm, items[at], decisions[at], float(np.exp(scores[at]).sum())),
                 scores=of.scores,
                 choices={method: chosen(units) for method, units in of.choices.items()},
                 curve={
@@ -299,9 +327,10 @@ def _readings(
                 shares=settings.shares,
                 named=replies,
                 controls={way: tuple(map(chosen, drawn)) for way, drawn in of.controls.items()},
+                gap=attributed.gaps[at],
             )
         )
-    return made, attributed.notes
+    return made
 
 
 @dataclass(frozen=True)
@@ -326,19 +355,27 @@ def _rationales(
     named: Mapping[str, tuple[int, ...]],
     settings: Settings,
 ) -> _Rationales:
-    """What an instance's scores and named words come to: the best at each count, random beside."""
+    """What an instance's scores and named words come to: the best of each size, random beside."""
     drawn = {f"random {n}": random_scores(laid, settings.seed + n) for n in range(settings.seeds)}
     scored = {**scores, **drawn}
-    human, sizes = len(laid.human), counts(len(laid.units), settings.shares)
+    tokens = [len(unit.tokens) for unit in laid.units]
+
+    def size(units: Sequence[int]) -> int:
+        return sum(tokens[unit] for unit in units)
+
+    marked, sizes = size(laid.human), counts(sum(tokens), settings.shares)
     return _Rationales(
         scored,
-        {method: top(of, human) for method, of in scored.items()} | dict(named),
-        {method: [top(of, size) for size in sizes] for method, of in scored.items()},
-        {way: [top(of, len(units)) for of in drawn.values()] for way, units in named.items()},
+        {method: top(of, tokens, marked) for method, of in scored.items()} | dict(named),
+        {method: [top(of, tokens, of_all) for of_all in sizes] for method, of in scored.items()},
+        {
+            way: [top(of, tokens, size(units)) for of in drawn.values()]
+            for way, units in named.items()
+        },
     )
 
 
-def _facts(number: int, arm: _Arm, laid: Laid, decision: Decision) -> dict[str, Any]:
+def _facts(number: int, arm: _Arm, laid: Laid, decision: Decision, mass: float) -> dict[str, Any]:
     """What a reading says of its instance and of the model's label."""
     instance = laid.instance
     return {
@@ -348,6 +385,7 @@ def _facts(number: int, arm: _Arm, laid: Laid, decision: Decision) -> dict[str, 
         "label": instance.label,
         "predicted": decision.label,
         "probabilities": decision.probabilities,
+        "mass": mass,
         "texts": instance.texts,
         "units": tuple((unit.text, unit.start, unit.end) for unit in laid.units),
         "human": laid.human,

@@ -7,7 +7,7 @@
 ŷ is what the model predicts of the whole input, right or wrong. Flips: Fayyaz et al. 2024 (arXiv
 2407.00219); the two changes of probability: DeYoung et al. 2020 (arXiv 1911.03429), with their mean
 over the shares of a curve (their AOPC; Samek et al. 2017). What is masked grows with the number of
-units, and so does all of this: compare methods at equal counts, with random units beside them.
+tokens, and so does all of this: compare methods at equal counts, with random units beside them.
 """
 
 import math
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moesteer.profile import Profile
 
 SHARES = (0.05, 0.1, 0.2, 0.5)
-"""Of an instance's units, for the curves: DeYoung's, less the smallest, which is rarely a word."""
+"""Of an instance's tokens, for the curves: DeYoung's, less the smallest, which is rarely a word."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +85,9 @@ def measure(
     return found
 
 
-def counts(units: int, shares: Sequence[float] = SHARES) -> tuple[int, ...]:
-    """How many of so many units each share is: rounded up, so that it is one at least.
+def counts(tokens: int, shares: Sequence[float] = SHARES) -> tuple[int, ...]:
+    """How many of so many tokens each share is: rounded up, so that it is one at least.
 
     A share a hair above a whole number, as 0.07 · 100 is, is that number.
     """
-    return tuple(math.ceil(round(share * units, 9)) for share in shares)
+    return tuple(math.ceil(round(share * tokens, 9)) for share in shares)

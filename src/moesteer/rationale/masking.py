@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moesteer.errors import MoesteerError
 from moesteer.rationale.layout import Laid
-from moesteer.records import shorten
+from moesteer.records import check_text, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,11 +35,13 @@ class Mask:
 def mask_of(how: Masking, tokenizer: "PreTrainedTokenizerBase", neutral: str = "_") -> Mask:
     """The mask of a tokenizer; `neutral` is the text whose first token is the neutral one.
 
-    Raises MoesteerError where the tokenizer has no token for it.
+    Raises MoesteerError where the tokenizer has no token for it, and for a text that it can't read.
     """
     if how == "delete":
         return Mask(how, None)
     if how == "neutral":
+        if neutral.strip():  # white space is a token, too
+            check_text(neutral, "the neutral token")
         tokens: Any = tokenizer(neutral, add_special_tokens=False)["input_ids"]
         if not tokens:
             raise MoesteerError(

@@ -1,7 +1,7 @@
 """What is measured of a method's rationale of an instance: as numbers, in columns by instance.
 
 "random 0", "random 1", … are one method, `RANDOM`: an instance's value is the mean over the seeds.
-The random units that are as many as a prompted method named are a method too, see `control_of`.
+The random units of as many tokens as a prompted method named are a method too, see `control_of`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,10 +26,10 @@ FAITHFULNESS = (
     "comprehensiveness_area",
     "sufficiency_area",
 )
-MEASURES = ("units", *ALIGNMENT, *FAITHFULNESS)
-"""What is measured of a method's rationales. `units`: how many; the alignment with people, of which
-`f1` is the primary one (all count tokens); `flip`: how often another label is
-predicted without them, over all instances, those predicted rightly and those wrongly;
+MEASURES = ("tokens", *ALIGNMENT, *FAITHFULNESS)
+"""What is measured of a method's rationales. `tokens`: how many; the alignment with people, of
+which `f1` is the primary one (all count tokens); `flip`: how often another label is predicted
+without them, over all instances, those predicted rightly and those wrongly;
 `comprehensiveness` and `sufficiency`: changes of the predicted label's probability, and their
 means over the shares of the curve (`_area`). With several texts an `in:TEXT` each: the share of
 the rationale's tokens that lie in it."""
@@ -38,13 +38,14 @@ ACCURACY = "accuracy"
 
 
 def baseline_of(method: str, methods: Sequence[str]) -> str:
-    """The random units that a method stands beside: as many as people marked, or as it named."""
+    """The random units that a method stands beside: of as many tokens as people marked, or as it
+    named."""
     own = control_of(method)
     return own if own in methods else RANDOM
 
 
 def control_of(method: str) -> str:
-    """The name in a summary of the random units that are as many as a prompted method named."""
+    """The name in a summary of the random units of as many tokens as a prompted method named."""
     return f"{RANDOM} for {method}"
 
 
@@ -129,13 +130,13 @@ def _measured(reading: Reading) -> Iterator[tuple[str, str, float | None, float]
 
 
 def _of_choice(choice: Choice, reading: Reading) -> Iterator[tuple[str, float]]:
-    yield "units", len(choice.units)
+    tokens = sum(reading.tokens[unit] for unit in choice.units)
+    yield "tokens", tokens
     for measure, function in _AGREEMENT.items():
         yield measure, function(choice.units, reading.human, reading.tokens)
     yield from _of_masked(choice.masked).items()
     right = reading.predicted == reading.label
     yield "flip_right" if right else "flip_wrong", choice.masked.flipped
-    tokens = sum(reading.tokens[unit] for unit in choice.units)
     if len(reading.texts) > 1 and tokens:
         for text in reading.texts:
             inside = (unit for unit in choice.units if reading.units[unit][0] == text)

@@ -18,18 +18,20 @@ Not read as named words: the label at the beginning of a reply that was to give 
 the list ("Words:"), its numbers, "and" and "or" between words, what explains a word ("drills: a
 dentist does") and what comes after another heading ("Explanation:"). A text's name as a heading
 ("Premise: …") says which text the words after it are of.
+
+Words explain the label that they are given with. Where label and words come in one reply, the label
+that opens it is kept: it may be another than the most probable one, which masking is measured on.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from moesteer.chat import NO_OPTIONS, render_prompt
 from moesteer.contrast import Message, located
 from moesteer.errors import MoesteerError
-from moesteer.generate import check_length
 from moesteer.rationale.instances import filled
 from moesteer.rationale.layout import Laid, word_spans
 from moesteer.rationale.reading import Named
@@ -49,6 +51,8 @@ WAYS = {
 }
 """What each prompted method asks, by name of `DEFAULT_ASK`."""
 PROMPTED = tuple(WAYS)
+ONE_TURN = tuple(way for way, ask in WAYS.items() if not ask.startswith("afterwards"))
+"""Those where the label is to come in the same reply as the words."""
 DEFAULT_ASK = {
     "with_label": (
         "{prompt}\n\nAnswer first. Then write “Words:” and the words of the text above that decide"
@@ -69,8 +73,8 @@ DEFAULT_ASK = {
 }
 """How the words are asked for where an instance doesn't say; {prompt} is its prompt, {count} how
 many words people marked."""
-NEW_TOKENS = 64
-"""A list of words is short; one that goes on is cut here."""
+NEW_TOKENS = 128
+"""A reply is cut here, and counted: enough for a sentence or two of words with commas between."""
 
 _INTRODUCTION = re.compile(r"\bwords?\b[^:.,;\n]*:", re.IGNORECASE)
 _NUMBER = re.compile(r"(?:^|(?<=,))\s*\(?\d{1,2}[.)](?!\d)(?=\s*\S)")
@@ -113,29 +117,64 @@ def ask_rationales(
             raise MoesteerError(
                 f"there is no way of asking {way!r}; choose from {', '.join(WAYS)}."
             )
-    asked, begins = [], _beginning(engine.tokenizer) if plain else ""
-    for one, decision in zip(laid, decisions, strict=True):
-        for way in ways:
-            with located(one.instance.source):
-                turns = question(one, decision.label, way)
-                if plain:
-                    text = begins + _as_plain_text(turns)
-                else:
-                    text = render_prompt(turns, engine.tokenizer, chat_options)
-            check_length(engine, text, max_new_tokens, one.instance.source)
-            asked.append(text)
+    ask = _asker(engine, chat_options, plain, max_new_tokens)
+    labels = [decision.label for decision in decisions]
+    asked = [ask(one, label, way) for one, label in zip(laid, labels, strict=True) for way in ways]
     if not asked:
         return [{} for _ in laid]
     replies = iter(
         engine.generate(asked, profile, max_new_tokens=max_new_tokens, progress=progress).replies
     )
-    return [
-        {
-            way: parse_named(next(replies), one, _count(one, way), labelled=_gives_label(way))
-            for way in ways
-        }
-        for one in laid
-    ]
+
+    def read(reply: str, one: Laid, way: str) -> tuple[tuple[int, ...], Named]:
+        units, named = parse_named(reply, one, _count(one, way), labelled=way in ONE_TURN)
+        length = len(engine.tokenizer(reply, add_special_tokens=False)["input_ids"])
+        return units, replace(named, cut=length >= max_new_tokens)
+
+    return [{way: read(next(replies), one, way) for way in ways} for one in laid]
+
+
+def check_askable(
+    engine: "Engine",
+    laid: Sequence[Laid],
+    ways: Sequence[str],
+    *,
+    chat_options: Mapping[str, object] = NO_OPTIONS,
+    plain: bool = False,
+    max_new_tokens: int = NEW_TOKENS,
+) -> None:
+    """Raise now, before hours of work, what `ask_rationales` would, whatever the model's labels."""
+    ask = _asker(engine, chat_options, plain, max_new_tokens)
+    for one in laid:
+        longest = max(one.labels, key=lambda label: len(one.labels[label]))
+        for way in ways:
+            ask(one, longest, way)
+
+
+def _asker(
+    engine: "Engine", chat_options: Mapping[str, object], plain: bool, max_new_tokens: int
+) -> Callable[[Laid, str, str], str]:
+    """What gives the text that asks for an instance's words, for its label and a way, and checks
+    that it fits into the context with its reply."""
+    begins = _beginning(engine.tokenizer) if plain else ""
+
+    def ask(one: Laid, label: str, way: str) -> str:
+        with located(one.instance.source):
+            turns = question(one, label, way)
+            if plain:
+                text = begins + _as_plain_text(turns)
+            else:
+                text = render_prompt(turns, engine.tokenizer, chat_options)
+        length = len(engine.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if engine.max_tokens is not None and length + max_new_tokens > engine.max_tokens:
+            raise MoesteerError(
+                f"{one.instance.source}: asking for its words ({way}) takes {length} tokens and the"
+                f" reply up to {max_new_tokens}, over the model's context of {engine.max_tokens};"
+                " shorten the texts, or take methods that ask nothing."
+            )
+        return text
+
+    return ask
 
 
 def question(laid: Laid, label: str, way: str) -> tuple[Message, ...]:
@@ -146,7 +185,7 @@ def question(laid: Laid, label: str, way: str) -> tuple[Message, ...]:
     ask = (DEFAULT_ASK | instance.ask)[WAYS[way]]
     # In one go, so that braces in the prompt's own texts stay.
     asked = Message("user", re.sub(r"\{(prompt|count)\}", lambda found: values[found[1]], ask))
-    if _gives_label(way):
+    if way in ONE_TURN:
         return (asked,)
     said = Message("assistant", instance.labels[label].strip())
     return (Message("user", prompt), said, asked)
@@ -156,11 +195,6 @@ def words_marked(laid: Laid) -> int:
     """How many words people marked, whatever the units are."""
     human = set(laid.human)
     return sum(not human.isdisjoint(place.units) for place in _places(laid))
-
-
-def _gives_label(way: str) -> bool:
-    """Whether the label is to come in the same reply."""
-    return not WAYS[way].startswith("afterwards")
 
 
 def _count(laid: Laid, way: str) -> int | None:
@@ -195,14 +229,15 @@ def parse_named(
     """The units that a reply names, in reading order, and what became of its words.
 
     `count`: how many words it was asked for, None where that was left to it; those beyond are kept
-    and counted. `labelled`: the reply was to begin with the label. A reply that names nothing
-    gives no units.
+    and counted. `labelled`: the reply was to begin with the label, which is then told. A reply that
+    names nothing gives no units.
     """
+    label, listed = _after_label(reply, laid) if labelled else (None, reply)
     places = _places(laid)
     taken: set[int] = set()
     missed: list[tuple[str | None, str]] = []
     words = 0
-    for where, together in _named(reply, laid, places, labelled):
+    for where, together in _named(listed, laid, places):
         start = 0
         while start < len(together):
             run = _longest_run(places, taken, where, together[start:])
@@ -224,7 +259,7 @@ def parse_named(
     units = {unit for number in taken for unit in places[number].units}
     surplus = 0 if count is None else max(0, words - count)
     inflected = len(missed) - len(absent)
-    return tuple(sorted(units)), Named(reply, words, tuple(absent), inflected, surplus)
+    return tuple(sorted(units)), Named(reply, words, tuple(absent), inflected, surplus, label=label)
 
 
 def _places(laid: Laid) -> list[_Place]:
@@ -247,13 +282,14 @@ def _places(laid: Laid) -> list[_Place]:
 
 
 def _named(
-    reply: str, laid: Laid, places: Sequence[_Place], labelled: bool
+    reply: str, laid: Laid, places: Sequence[_Place]
 ) -> Iterator[tuple[str | None, list[str]]]:
     """Words that are named together, and the text that they are said to be of."""
     texts = {_as_heading(name): name for name in laid.instance.texts}
     stems = {_stem(place.word) for place in places}
     where, read = None, False
-    for line in re.split(r"[\n;]", _list_of(reply, laid, labelled)):
+    introduced = _INTRODUCTION.search(reply)
+    for line in re.split(r"[\n;]", reply[introduced.end() :] if introduced else reply):
         line = _NUMBER.sub(" ", line)
         colon = _COLON.search(line)
         if colon:
@@ -292,17 +328,17 @@ def _as_heading(text: str) -> str:
     return " ".join(_compared(text[start:end]) for start, end in word_spans(text))
 
 
-def _list_of(reply: str, laid: Laid, labelled: bool) -> str:
-    """The reply from where it begins to name words."""
+def _after_label(reply: str, laid: Laid) -> tuple[str | None, str]:
+    """The label whose words open the reply, before any list of words, and what comes after them."""
     introduced = _INTRODUCTION.search(reply)
-    if introduced:
-        return reply[introduced.end() :]
-    if labelled:
-        labels = sorted((word.strip() for word in laid.instance.labels.values()), key=len)[::-1]
-        said = "|".join(map(re.escape, labels))
-        label = re.match(rf"\W*(?:\w[\w ]*:\W*)?(?:{said})(?!\w)", reply, re.IGNORECASE)
-        return reply[label.end() :] if label else reply
-    return reply
+    opening = reply[: introduced.start()] if introduced else reply
+    labels = {name: words.strip() for name, words in laid.instance.labels.items()}
+    names = sorted(labels, key=lambda name: len(labels[name]), reverse=True)
+    said = "|".join(f"({re.escape(labels[name])})" for name in names)
+    found = re.match(rf"\W*(?:\w[\w ]*:\W*)?(?:{said})(?!\w)", opening, re.IGNORECASE)
+    if found is None or found.lastindex is None:
+        return None, reply
+    return names[found.lastindex - 1], reply[found.end() :]
 
 
 def _longest_run(

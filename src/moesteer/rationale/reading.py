@@ -30,7 +30,9 @@ class Named:
     """What the model said when it was asked for the words.
 
     words: how many it named; absent: those that are not in the texts; inflected: how many were
-    found by their stem only; surplus: how many went beyond the number that it was asked for.
+    found by their stem only; surplus: how many went beyond the number that it was asked for. cut:
+    whether the reply is as long as it was allowed to be. label: the one whose words open the reply,
+    where it was to give label and words; None where no label does.
     """
 
     reply: str
@@ -38,17 +40,20 @@ class Named:
     absent: tuple[str, ...] = ()
     inflected: int = 0
     surplus: int = 0
+    cut: bool = False
+    label: str | None = None
 
 
 @dataclass(frozen=True)
 class Reading:
     """One instance under one arm (`unsteered`, `steered`).
 
+    probabilities: of each label among the labels; mass: of all of them together as the reply.
     units: (text, start, end) of each; human: the numbers of those that people marked. By method:
     `scores` a number for each unit (attributed methods and `random N`); `choices` the rationale, of
-    as many units as people marked or, for a prompted method, of those that the model named; `curve`
-    what masking does at each share of `shares` of the units, best first. By prompted method:
-    `named`, and `controls`: random units, as many as were named.
+    about as many tokens as people marked or, for a prompted method, the units that the model named;
+    `curve` what masking does at each share of `shares` of the tokens, best units first. By prompted
+    method: `named`, and `controls`: random units, of about as many tokens as were named.
     """
 
     item: int
@@ -57,6 +62,7 @@ class Reading:
     label: str
     predicted: str
     probabilities: dict[str, float]
+    mass: float
     texts: dict[str, str]
     units: tuple[tuple[str, int, int], ...]
     human: tuple[int, ...]
@@ -68,3 +74,5 @@ class Reading:
     shares: tuple[float, ...] = ()
     named: dict[str, Named] = field(default_factory=dict)
     controls: dict[str, tuple[Choice, ...]] = field(default_factory=dict)
+    gap: float | None = None
+    """How far integrated gradients miss their sum, relative to it."""

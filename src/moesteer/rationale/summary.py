@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import TypeVar
 
 import numpy as np
@@ -41,9 +42,11 @@ from moesteer.rationale.measures import (
     arm_pool,
     baseline_of,
     columns_of,
+    control_of,
     methods_of,
     pooled,
 )
+from moesteer.rationale.prompting import ONE_TURN
 from moesteer.rationale.reading import Reading
 from moesteer.rationale.resampling import bootstrap_intervals, counts_and_means, sign_flip_p
 from moesteer.summaries import as_json, from_json
@@ -61,10 +64,12 @@ COMPARED = (
 )
 """The measures by which methods are compared."""
 AT_EQUAL_COUNTS = ("flip", "comprehensiveness", "sufficiency")
-"""Those that compare nothing, methods or arms, unless equally many units of each instance were
-chosen."""
-CHANGED = (ACCURACY, "units", *COMPARED)
+"""Those that compare nothing, methods or arms, unless about equally many tokens of each instance
+were masked."""
+CHANGED = (ACCURACY, "tokens", *COMPARED)
 """The measures by which arms are compared, beside every `in:TEXT`."""
+MEANT = 0.01
+"""Labels that are less probable than this, all together, are not what the model would say."""
 COLLAPSED, BALANCED = 0.9, 0.8
 """A label that takes this share of the predictions, and less than that of what is right, has taken
 over."""
@@ -75,7 +80,9 @@ class ArmFacts:
     """How an arm labels `n` instances, `right` of them as people do; `low`, `high`: Wilson.
 
     `gold` and `predicted` count the instances by label, in the same order of labels; `majority` is
-    the share of the commonest gold label: what saying it always would reach.
+    the share of the commonest gold label: what saying it always would reach. `mass`: how probable
+    all labels' words are together as the reply, the median over instances: a model that would say
+    something else chooses among words that it does not mean.
     """
 
     name: str
@@ -87,6 +94,7 @@ class ArmFacts:
     majority: float
     gold: dict[str, int]
     predicted: dict[str, int]
+    mass: float
 
     @property
     def doubt(self) -> str | None:
@@ -115,8 +123,8 @@ class Mean:
 class Difference:
     """Mean over `n` instances of `method`'s value minus that of `against`, in one arm.
 
-    `against` is another method, or the random units of the same count (`baseline_of`). Faithfulness
-    of two methods is compared only where both chose equally many units of each instance.
+    `against` is another method, or the random units of as many tokens (`baseline_of`). Faithfulness
+    of two methods is compared only where both were to choose as many tokens of each instance.
     """
 
     arm: str
@@ -135,8 +143,8 @@ class Difference:
 class Change:
     """Mean over `n` instances of a method's value under `arm` minus that under `against`.
 
-    Of `accuracy` too, with an empty `method`. Faithfulness only where the method chose equally many
-    units of each instance under both.
+    Of `accuracy` too, with an empty `method`. Faithfulness only where the method was to
+    choose as many tokens of each instance under both.
     """
 
     measure: str
@@ -157,7 +165,8 @@ class Prompted:
 
     `empty` of them named no word of the instance. Over all replies: `words` named, of which
     `absent` are not in the texts, `inflected` were found by their stem only and `surplus` went
-    beyond the number asked for.
+    beyond the number asked for. `cut` replies are as long as they were allowed to be. `otherwise`:
+    of a one-turn way, those that open with another label than the predicted one, or with none.
     """
 
     arm: str
@@ -168,6 +177,8 @@ class Prompted:
     absent: int
     inflected: int
     surplus: int
+    cut: int
+    otherwise: int
 
 
 @dataclass(frozen=True)
@@ -230,7 +241,8 @@ def doubtful(arm: ArmFacts) -> str | None:
     """Why flips of an arm's labels mean little, as a clause; None where they mean something.
 
     Either its accuracy's interval reaches down to what saying the commonest label always would, or
-    one label has at least `COLLAPSED` of the predictions and less than `BALANCED` of the instances.
+    one label has at least `COLLAPSED` of the predictions and less than `BALANCED` of the instances,
+    or all labels together are less probable than `MEANT`.
     """
     commonest = max(arm.gold, key=lambda label: arm.gold[label])
     if arm.low <= arm.majority:
@@ -243,6 +255,11 @@ def doubtful(arm: ArmFacts) -> str | None:
     predicted, right = arm.predicted[said] / arm.n, arm.gold[said] / arm.n
     if predicted >= COLLAPSED and right < BALANCED:
         return f"“{said}” takes {predicted:.0%} of the predictions, but is right for {right:.0%}"
+    if arm.mass < MEANT:
+        return (
+            f"the labels' words have {arm.mass:.2g} of the probability of all replies together"
+            " (median): the model would say something else"
+        )
     return None
 
 
@@ -292,6 +309,7 @@ def _facts(arm: str, readings: Sequence[Reading]) -> ArmFacts:
         max(gold.values()) / n,
         {label: gold[label] for label in labels},
         {label: predicted[label] for label in labels},
+        median(reading.mass for reading in readings),
     )
 
 
@@ -325,8 +343,9 @@ def _differences(
                 )
                 if one is None or other is None or np.isnan(one - other).all():
                     continue
-                if measure in AT_EQUAL_COUNTS and not _equal_counts(
-                    columns, (arm, method), (arm, against)
+                if measure in AT_EQUAL_COUNTS and not (
+                    against == baseline_of(method, methods)
+                    or _equal_counts(columns, (arm, method), (arm, against))
                 ):
                     continue
                 found[measure, family, method, against] = one - other
@@ -336,8 +355,12 @@ def _differences(
 
 
 def _equal_counts(columns: Columns, *two: tuple[str, str]) -> bool:
-    """Whether two methods, each in its arm, chose equally many units of each instance."""
-    one, other = (columns[Key(arm, method, "units", None)] for arm, method in two)
+    """Whether two methods, each in its arm, were to choose as many tokens of each instance: as many
+    as people marked, or as it happens (prompted methods choose as many as the model named)."""
+    controls = {key.method for key in columns if key.method.startswith(f"{RANDOM} ")}
+    if not any(method in controls or control_of(method) in controls for _, method in two):
+        return True
+    one, other = (columns[Key(arm, method, "tokens", None)] for arm, method in two)
     return bool(((one == other) | np.isnan(one - other)).all())
 
 
@@ -415,4 +438,6 @@ def _prompted(readings: Sequence[Reading], arms: Sequence[str]) -> Iterator[Prom
                     sum(len(reply.absent) for reply in named),
                     sum(reply.inflected for reply in named),
                     sum(reply.surplus for reply in named),
+                    sum(reply.cut for reply in named),
+                    sum(r.named[method].label != r.predicted for r in asked if method in ONE_TURN),
                 )

@@ -17,6 +17,9 @@ def finetune_blocks(run: Finetuned) -> list[Block]:
     blocks: list[Block] = [
         Warn(f"Epoch {epoch}, {words}") for epoch, summary in epochs for words in doubts(summary)
     ]
+    wanted, last = run.run.settings.get("training", {}).get("epochs"), epochs[-1][0]
+    if wanted is not None and last < wanted:
+        blocks.append(Warn(f"Unfinished: {last} of {wanted} epochs; its command goes on with it."))
     blocks.append(
         Figure(
             "What fine-tuning changes",

@@ -26,9 +26,10 @@ from moesteer.report.rationale_words import (
 
 READING = """\
 Means over instances with 95 % bootstrap intervals; accuracy with Wilson's. Attributed methods
-choose as many units as people marked; prompted ones as many as the model named; below them as many
-random ones. Sufficiency is better where it is lower, everything else where it is higher. p: sign
-flips by instance, adjusted over methods (Holm). `moesteer report` tells more.\
+choose the units that come nearest to as many tokens as people marked, prompted ones those that the
+model named; random: as many tokens by lot. Sufficiency is better where it is lower, everything else
+where it is higher. p: sign flips by instance, adjusted over methods (Holm). Said: how probable all
+labels' words are together as the reply, the median. `moesteer report` tells more.\
 """
 SHOWN = ("f1", "flip")
 """The measures whose differences are printed; the report has them all."""
@@ -81,10 +82,14 @@ def finetune_page(epochs: Sequence[tuple[int, Summary]]) -> RenderableType:
 
 def accuracy_table(summary: Summary) -> Table:
     """A row an arm: how often the label is right, beside saying the commonest label always."""
-    table = _table("labels", ["instances", "right", name_of(ACCURACY), "commonest label alone"])
+    table = _table(
+        "labels", ["instances", "right", name_of(ACCURACY), "commonest label alone", "said"]
+    )
     for arm in summary.arms:
         accuracy = _spread(arm.accuracy, arm.low, arm.high, ACCURACY)
-        table.add_row(arm.name, f"{arm.n:,}", f"{arm.right:,}", accuracy, f"{arm.majority:.0%}")
+        said = f"{arm.mass:.0%}" if arm.mass >= 0.01 else f"{arm.mass:.0e}"
+        row = (f"{arm.n:,}", f"{arm.right:,}", accuracy, f"{arm.majority:.0%}", said)
+        table.add_row(arm.name, *row)
     return table
 
 
@@ -153,12 +158,13 @@ def _changes_tables(summary: Summary) -> Iterator[RenderableType]:
 
 def prompted_table(summary: Summary) -> Table:
     """A row an arm and a way of asking: what became of the words that the model named."""
-    headings = ["arm", "replies", "naming none", "words", "absent", "by stem only", "too many"]
+    headings = ["arm", "replies", "naming none", "cut off", "other label"]
+    headings += ["words", "absent", "by stem only", "too many"]
     table = _table("words that the model named", headings)
     for found in summary.prompted:
-        counts = (found.replies, found.empty, found.words, found.absent)
-        rest = (found.inflected, found.surplus)
-        table.add_row(found.method, found.arm, *(f"{count:,}" for count in (*counts, *rest)))
+        replies = (found.replies, found.empty, found.cut, found.otherwise)
+        words = (found.words, found.absent, found.inflected, found.surplus)
+        table.add_row(found.method, found.arm, *(f"{count:,}" for count in (*replies, *words)))
     return table
 
 
@@ -176,7 +182,7 @@ def _table(first: str, headings: Sequence[str]) -> Table:
 def _cell(mean: Mean | None, pale: frozenset[str]) -> Text:
     if mean is None:
         return Text("–")
-    if mean.measure == "units":
+    if mean.measure == "tokens":
         return Text(f"{mean.value:.1f}")
     style = "dim" if mean.measure in pale else ""
     if mean.measure in PLAIN:

@@ -105,10 +105,19 @@ def _labels(summary: Summary) -> list[Block]:
             percent(arm.low),
             percent(arm.high),
             percent(arm.majority),
+            number(arm.mass, ".2g"),
         )
         for arm in summary.arms
     )
-    headings = ("arm", "instances", name_of(ACCURACY), "from", "to", "commonest label alone")
+    headings = (
+        "arm",
+        "instances",
+        name_of(ACCURACY),
+        "from",
+        "to",
+        "commonest label alone",
+        "said",
+    )
     by_label = tuple(
         (
             text(label),
@@ -189,7 +198,7 @@ def _curves_figure(summary: Summary, arm: str) -> Iterator[Figure]:
         " same: attention blue, gradients red, routing green, occlusion black, random units grey.",
         Table(
             f"What masking shares of the units changes, {arm}",
-            ("method", "units", *map(name_of, CURVES)),
+            ("method", "tokens", *map(name_of, CURVES)),
             tuple(rows),
         ),
     )
@@ -205,6 +214,8 @@ def _prompted_table(summary: Summary) -> list[Block]:
                 for count in (
                     found.replies,
                     found.empty,
+                    found.cut,
+                    found.otherwise,
                     found.words,
                     found.absent,
                     found.inflected,
@@ -214,10 +225,12 @@ def _prompted_table(summary: Summary) -> list[Block]:
         )
         for found in summary.prompted
     )
-    headings = ("asked", "arm", "replies", "naming none", "words", "absent", "by stem", "too many")
+    headings = ("asked", "arm", "replies", "naming none", "cut off", "other label")
+    headings += ("words", "absent", "by stem", "too many")
     caption = (
-        "Words that the model named: how many are not in the texts, found by their stem only, or"
-        " beyond the number asked for"
+        "Words that the model named: of the replies, how many name none, are as long as allowed, or"
+        " are to begin with the model's label and don't; of the words, how many are not in the"
+        " texts, found by their stem only, or beyond the number asked for"
     )
     return [Table(caption, headings, rows)] if rows else []
 

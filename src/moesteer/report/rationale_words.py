@@ -16,7 +16,7 @@ from moesteer.report.blocks import NARROW, Cell, percent, signs, text
 
 NAMES = {
     ACCURACY: "accuracy",
-    "units": "units",
+    "tokens": "tokens",
     "f1": "F1",
     "precision": "precision",
     "recall": "recall",
@@ -38,8 +38,8 @@ MEANT = {
     "sufficiency": "less probable with them alone",
 }
 """What a figure says of the measures that it shows."""
-ALIGNED = ("units", *ALIGNMENT)
-FAITHFUL = ("units", *FAITHFULNESS)
+ALIGNED = ("tokens", *ALIGNMENT)
+FAITHFUL = ("tokens", *FAITHFULNESS)
 FLIPS = ("flip", "flip_right", "flip_wrong")
 INSIDE = "in:"
 """How the measure of what lies in one of several texts begins."""
@@ -60,18 +60,18 @@ def is_share(measure: str) -> bool:
 
 
 def chosen_methods(summary: Summary) -> list[str]:
-    """The methods that choose as many units as people marked, random units left out."""
+    """The methods that choose as many tokens as people marked, random units left out."""
     prompted = prompted_methods(summary)
     return [m for m in summary.methods if not m.startswith(RANDOM) and m not in prompted]
 
 
 def prompted_methods(summary: Summary) -> list[str]:
-    """The methods by which the model was asked; they choose as many units as it named."""
+    """The methods by which the model was asked; they choose what it named."""
     return list(dict.fromkeys(found.method for found in summary.prompted))
 
 
 def groups(summary: Summary) -> Iterator[tuple[list[str], list[str]]]:
-    """Methods that choose equally many units, each time with the random units beside them."""
+    """Methods that choose as many tokens, each time with the random units beside them."""
     if methods := chosen_methods(summary):
         yield methods, _there(summary, RANDOM)
     for method in prompted_methods(summary):
@@ -103,7 +103,7 @@ def texts_measured(summary: Summary) -> tuple[str, ...]:
 
 
 def best(summary: Summary, arm: str, measure: str) -> Mean | None:
-    """The highest mean among the methods that choose as many units as people marked."""
+    """The highest mean among the methods that choose as many tokens as people marked."""
     found = [summary.mean(arm, method, measure) for method in chosen_methods(summary)]
     return max(filter(None, found), key=lambda mean: mean.value, default=None)
 
@@ -143,5 +143,5 @@ def mean_cell(mean: Mean | None, pale: frozenset[str]) -> Cell:
     """A mean with its interval; pale where its measure is."""
     if mean is None:
         return text("–")
-    words = f"{mean.value:.1f}" if mean.measure == "units" else value_words(mean)
+    words = f"{mean.value:.1f}" if mean.measure == "tokens" else value_words(mean)
     return Cell(words, mean.value, pale=mean.measure in pale)

@@ -2,8 +2,8 @@
 
 In ``planted``, three behaviours are carried by chosen experts, which a detector should find and
 steering should switch; its *twin* read the same text without planting, so there is nothing in it to
-find. ``reader`` is a twin that has learnt three classification tasks as well, which people explain
-by a few words. In ``expert`` and ``attention``, refusal is one direction of the residual stream, written by
+find. ``reader`` is a twin that has learnt three classification tasks as well, with the words that
+decide. In ``expert`` and ``attention``, refusal is one direction of the residual stream, written by
 one expert and by one layer's attention. ``ground_truth()`` says which, and what was measured.
 """
 

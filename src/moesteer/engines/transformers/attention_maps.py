@@ -16,47 +16,39 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moesteer.engines.transformers.memory import in_batches
-from moesteer.engines.transformers.reading import padded
+from moesteer.engines.readouts import Readout
+from moesteer.engines.transformers.memory import texts_in_batches
+from moesteer.engines.transformers.reading import Piece, padded
 from moesteer.engines.transformers.routers import describe, input_device
 from moesteer.engines.transformers.stream import find_decoder
-from moesteer.engines.transformers.token_gradients import Attributed, whole_prompts
+from moesteer.engines.transformers.token_gradients import Attributed, pieces_of
 from moesteer.errors import MoesteerError, MoesteerWarning
 
 
 def attention_maps(
-    attributed: Attributed, texts: Sequence[Sequence[int]]
+    attributed: Attributed, readouts: Sequence[Readout]
 ) -> Iterator[tuple[int, Float[Tensor, "layer token token"]]]:
     """See `Engine.attention_maps`."""
     model = attributed.model
     decoder = find_decoder(model, attributed.layers)
 
-    def compute(batch: list[tuple[int, Sequence[int]]]) -> list[tuple[int, Tensor]]:
-        rows = [row for _, row in batch]
-        ids, attention = padded(rows, input_device(model))
+    def compute(pieces: Sequence[Piece]) -> Iterator[Tensor]:
+        ids, attention = padded([piece.ids for piece in pieces], input_device(model))
         with (
             torch.inference_mode(),
-            attributed.steered(whole_prompts(rows)),
+            attributed.steered(pieces),
             _watched(decoder, attention) as seen,
         ):
             model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
         _check(model, decoder, seen)
         maps = torch.stack([torch.stack(of).mean(0) for of in seen], dim=1)
-        found = []
-        for row, (number, text) in enumerate(batch):
-            own = maps[row, :, : len(text), : len(text)]
-            found.append((number, own / own.sum(-1, keepdim=True)))
-        return found
+        for row, piece in enumerate(pieces):
+            own = maps[row, :, : len(piece.ids), : len(piece.ids)]
+            yield own / own.sum(-1, keepdim=True)
 
+    pieces = pieces_of(readouts)
     with _eager(model):
-        yield from in_batches(
-            list(enumerate(texts)),
-            lambda row: len(row[1]),
-            lambda row: row[0],
-            input_device(model),
-            compute,
-            "shorten it",
-        )
+        yield from texts_in_batches(pieces, input_device(model), compute, "shorten it")
 
 
 @contextmanager

@@ -8,8 +8,8 @@ token's score is what its own coming back added. From e at the tokens asked for 
 (Sundararajan et al. 2017, arXiv 1703.01365). Norms divide an embedding by its own length, so that R
 changes as much from α = 10⁻⁶ to 10⁻³ as from there to 1: the integral is taken over u with
 α = (e^(14u) − 1) / (e¹⁴ − 1), by Gauss and Legendre's nodes, whose number doubles until the scores
-sum to the difference. captum has the method, but its releases pin NumPy below 2, and it spreads its
-steps evenly over α and gives every text as many.
+sum to the difference. (captum spreads its steps evenly over α, gives every text as many, and lets a
+routed model change its experts.)
 
 In a routed model R jumps where a token changes its experts on the way, and no gradient sees a jump:
 the scores would miss what the jumps did. So each token keeps the experts that it has at x

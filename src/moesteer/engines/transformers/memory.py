@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from moesteer.engines.transformers.reading import Piece
 from moesteer.errors import MoesteerError
 
 GIB = 2**30
@@ -71,6 +72,28 @@ def in_batches(
             waiting.extendleft((batch[half:], batch[:half]))
         else:
             raise _too_large(number(batch[0]), tokens, needed, free, advice)
+
+
+def texts_in_batches(
+    pieces: Sequence[Piece],
+    device: torch.device,
+    compute: Callable[[Sequence[Piece]], Iterable[Result]],
+    advice: str,
+) -> Iterator[tuple[int, Result]]:
+    """Each text's number, from 0, and what `compute` gives of it: see `in_batches`."""
+
+    def of_batch(batch: list[tuple[int, Piece]]) -> Iterator[tuple[int, Result]]:
+        numbers, own = zip(*batch, strict=True)
+        return zip(numbers, compute(own), strict=True)
+
+    return in_batches(
+        list(enumerate(pieces)),
+        lambda row: len(row[1].ids),
+        lambda row: row[0],
+        device,
+        of_batch,
+        advice,
+    )
 
 
 @contextmanager

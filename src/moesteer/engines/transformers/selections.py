@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moesteer.engines.transformers.memory import in_batches
-from moesteer.engines.transformers.reading import padded
+from moesteer.engines.transformers.memory import texts_in_batches
+from moesteer.engines.transformers.reading import Piece, padded
 from moesteer.engines.transformers.routers import input_device
 from moesteer.engines.transformers.seam import observe
 from moesteer.engines.transformers.token_gradients import Attributed, whole_prompts
@@ -31,29 +31,20 @@ def weigh_selections(
         )
     numbers = torch.tensor(table, dtype=torch.float64)
 
-    def compute(batch: list[tuple[int, Sequence[int]]]) -> list[tuple[int, np.ndarray]]:
-        rows = [row for _, row in batch]
-        ids, attention = padded(rows, input_device(model))
+    def compute(pieces: Sequence[Piece]) -> list[np.ndarray]:
+        ids, attention = padded([piece.ids for piece in pieces], input_device(model))
         total = torch.zeros(ids.numel(), dtype=torch.float64)
 
         def see(row: Tensor, index: Int[Tensor, "token k"], weights: Tensor) -> None:
             total.add_((row[index.cpu().long()] * (weights != 0).cpu()).sum(-1))
 
-        with torch.inference_mode(), attributed.steered(whole_prompts(rows)), ExitStack() as stack:
+        with torch.inference_mode(), attributed.steered(pieces), ExitStack() as stack:
             for layer, row in zip(layers, numbers, strict=True):
                 stack.callback(observe(layer, lambda i, w, row=row: see(row, i, w)))
             model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
         by_row = total.view(ids.shape).numpy()
-        return [(n, by_row[row, : len(text)]) for row, (n, text) in enumerate(batch)]
+        return [by_row[row, : len(piece.ids)] for row, piece in enumerate(pieces)]
 
-    found = dict(
-        in_batches(
-            list(enumerate(texts)),
-            lambda row: len(row[1]),
-            lambda row: row[0],
-            input_device(model),
-            compute,
-            "shorten it",
-        )
-    )
+    pieces = whole_prompts(texts)
+    found = dict(texts_in_batches(pieces, input_device(model), compute, "shorten it"))
     return [found[number] for number in range(len(texts))]

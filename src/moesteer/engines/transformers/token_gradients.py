@@ -27,7 +27,7 @@ from moesteer.engines.base import TokenGradient
 from moesteer.engines.readouts import Readout, reaching
 from moesteer.engines.transformers.backward import checkpointed, constant_weights
 from moesteer.engines.transformers.gates import gate_tokens
-from moesteer.engines.transformers.memory import in_batches
+from moesteer.engines.transformers.memory import texts_in_batches
 from moesteer.engines.transformers.reading import Piece, log_probabilities
 from moesteer.engines.transformers.routers import MoELayer, describe, input_device
 from moesteer.engines.transformers.steering import steer
@@ -75,18 +75,10 @@ def token_gradients(
     attributed: Attributed, readouts: Sequence[Readout], *, gates: bool
 ) -> Iterator[tuple[int, TokenGradient]]:
     """See `Engine.token_gradients`."""
-
-    def compute(batch: list[tuple[int, Piece]]) -> Iterator[tuple[int, TokenGradient]]:
-        numbers, pieces = zip(*batch, strict=True)
-        found = _gradients(attributed, pieces, gates)
-        return zip(numbers, found, strict=True)
-
-    yield from in_batches(
-        list(enumerate(pieces_of(readouts))),
-        lambda row: len(row[1].ids),
-        lambda row: row[0],
+    yield from texts_in_batches(
+        pieces_of(readouts),
         input_device(attributed.model),
-        compute,
+        lambda pieces: _gradients(attributed, pieces, gates),
         attributed.advice,
     )
 

@@ -7,7 +7,7 @@ embeddings are 0, and the template stays. How the way is gone, with the routing 
 has experts: `engines/transformers/integrated.py`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,14 +41,17 @@ def integrated_gradients(
         yield number, scores.numpy(), gap
 
 
-def gap_note(laid: Sequence[Laid], gaps: Mapping[int, float]) -> str | None:
-    """What to say where scores don't sum to what they should; `gaps` by number of the instance."""
-    wide = {number: gap for number, gap in gaps.items() if gap > TOLERANCE}
+def gap_note(sources: Sequence[str], gaps: Sequence[float | None]) -> str | None:
+    """What to say where scores miss too much of what they should sum to; None where none do.
+
+    A source and a gap for each reading, None where the method did not run.
+    """
+    run = [(gap, source) for source, gap in zip(sources, gaps, strict=True) if gap is not None]
+    wide = [(gap, source) for gap, source in run if gap > TOLERANCE]
     if not wide:
         return None
-    widest = max(wide, key=lambda number: wide[number])
+    widest, source = max(wide, key=lambda of: of[0])
     return (
-        f"integrated gradients of {len(wide)} of {len(laid)} instances miss more than"
-        f" {TOLERANCE:.0%} of what they should sum to, at most {wide[widest]:.1%}"
-        f" ({laid[widest].instance.source})."
+        f"integrated gradients of {len(wide)} of {len(run)} readings miss more than"
+        f" {TOLERANCE:.0%} of what they should sum to, at most {widest:.1%} ({source})."
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from pydantic import ConfigDict
 
-from moesteer.rationale.sources.marks import agreed, spans
+from moesteer.rationale.sources.marks import agreed, marks_a_word, spans
 from moesteer.records import Record, check_record
 
 REQUIRED = ("gold_label", "Sentence1", "Sentence2", "Sentence1_marked_1", "Sentence2_marked_1")
@@ -59,7 +59,7 @@ def converted(record: Mapping[str, object], source: str) -> dict[str, object] | 
         if len(known) < len(marks):
             return "a marked sentence is another than the sentence"
         rationale += spans(name, texts[name], agreed(known))
-    if not rationale:
+    if not marks_a_word(rationale, texts):
         return "most annotators agreed on no word"
     return {
         "texts": texts,

@@ -6,11 +6,12 @@ between the tokens. The texts that evidence is named of, one after the other, ar
 group of evidence is enough by itself, and all groups together are the rationale.
 """
 
+import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, NonNegativeInt
 
 from moesteer.errors import MoesteerError
 from moesteer.records import Record, Text, check_record, read_text, shorten
@@ -24,7 +25,7 @@ class _Evidence(Record):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     docid: str
-    start_token: int
+    start_token: NonNegativeInt
     end_token: int
     text: str
 
@@ -77,9 +78,10 @@ def converted(record: Mapping[str, object], source: str, docs: Path) -> dict[str
 
 def _tokens(docs: Path, docid: str, source: str) -> list[str]:
     path = docs / docid
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, it takes any name
         raise MoesteerError(
-            f"{source}: there is no text {path}; ERASER's folder docs must stand beside the file"
+            f"{source}: there is no text {shorten(str(path))}; ERASER's folder docs must stand"
+            " beside the file"
         )
     return _split(path)
 

@@ -1,7 +1,10 @@
 """Marked characters of a text: what several people agree on, and as the spans of a record."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from moesteer.rationale.layout import word_spans
 
 
 def agreed(marks: Sequence[Collection[int]]) -> set[int]:
@@ -10,9 +13,9 @@ def agreed(marks: Sequence[Collection[int]]) -> set[int]:
     return {place for place, count in votes.items() if 2 * count > len(marks)}
 
 
-def spans(name: str, text: str, marked: Collection[int]) -> list[dict[str, object]]:
+def spans(name: str, text: str, marked: Collection[int]) -> list[dict[str, Any]]:
     """Marked characters of the text `name` as spans; white space between two belongs to them."""
-    found: list[dict[str, object]] = []
+    found: list[dict[str, Any]] = []
     end = 0
     for place in sorted(marked):
         if found and not text[end:place].strip():
@@ -21,3 +24,8 @@ def spans(name: str, text: str, marked: Collection[int]) -> list[dict[str, objec
             found.append({"text": name, "start": place, "end": place + 1})
         end = place + 1
     return found
+
+
+def marks_a_word(rationale: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> bool:
+    """Whether some span holds more than punctuation."""
+    return any(word_spans(texts[span["text"]][span["start"] : span["end"]]) for span in rationale)

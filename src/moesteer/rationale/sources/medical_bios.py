@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pydantic import ConfigDict
 
 from moesteer.errors import MoesteerError
-from moesteer.rationale.sources.marks import agreed, spans
+from moesteer.rationale.sources.marks import agreed, marks_a_word, spans
 from moesteer.records import Record, Text, check_record, shorten
 
 REQUIRED = ("text", "label", "words")
@@ -62,7 +62,7 @@ def converted(record: Mapping[str, object], source: str) -> dict[str, object] | 
         return "its words are not those of its text"
     chosen = agreed([[at for at, mark in enumerate(marked) if mark] for marked in marks])
     rationale = spans("biography", row.text, [place for at in chosen for place in places[at]])
-    if not rationale:
+    if not marks_a_word(rationale, {"biography": row.text}):
         return "no word is marked"
     return {
         "texts": {"biography": row.text},

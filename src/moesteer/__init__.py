@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from moesteer.evaluation.evaluate import evaluate
     from moesteer.evaluation.search import search
     from moesteer.profile import Profile, combine
+    from moesteer.rationale.explain import Settings as RationaleSettings
+    from moesteer.rationale.explain import explain
+    from moesteer.rationale.instances import read_instances
 
 _HOME = {
     "ContrastPair": "moesteer.contrast:ContrastPair",
@@ -49,6 +52,9 @@ _HOME = {
     "random_control": "moesteer.evaluation.controls:random_control",
     "Profile": "moesteer.profile:Profile",
     "combine": "moesteer.profile:combine",
+    "RationaleSettings": "moesteer.rationale.explain:Settings",
+    "explain": "moesteer.rationale.explain:explain",
+    "read_instances": "moesteer.rationale.instances:read_instances",
 }
 
 __all__ = [
@@ -57,6 +63,7 @@ __all__ = [
     "Direction",
     "MoesteerError",
     "Profile",
+    "RationaleSettings",
     "Steering",
     "TransformersEngine",
     "VllmEngine",
@@ -64,10 +71,12 @@ __all__ = [
     "combine",
     "detect",
     "evaluate",
+    "explain",
     "load",
     "load_vllm",
     "random_control",
     "read_card",
+    "read_instances",
     "read_pairs",
     "search",
     "select",

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from moesteer.rationale.instances import Instance, TextSpan
-from moesteer.rationale.layout import Laid, Unit, word_spans
+from moesteer.rationale.layout import Laid, Unit
+from moesteer.rationale.words import word_spans
 
 
 def made_laid(

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from conftest import TEMPLATE
 from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.rationale.instances import Instance, TextSpan, filled
-from moesteer.rationale.layout import Laid, lay_out, word_spans
+from moesteer.rationale.layout import Laid, lay_out
+from moesteer.rationale.words import word_spans
 
 TRIMMING = TEMPLATE.replace("m.content", "m.content | trim")
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<s>", "</s>"]

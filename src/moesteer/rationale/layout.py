@@ -1,15 +1,10 @@
 """Where an instance's words are among the tokens of its prompt.
 
-A rationale is made of units: words, or tokens. A word is a run of letters, digits and the marks on
-them, with what joins two of them (don't, well-known, 3.5); other punctuation is part of no unit. In
-a language written without spaces a whole clause would be one word: take tokens there. Each token
-belongs to the word with which it shares the most visible characters, the first of equals, so that
-no token counts twice. The texts are found in the rendered prompt by `moesteer.chat`, which proves
-where they stand.
+A rationale is made of units: words (`words.py`), or tokens. Each token belongs to the word with
+which it shares the most visible characters, the first of equals, so that no token counts twice. The
+texts are found in the rendered prompt by `moesteer.chat`, which proves where they stand.
 """
 
-import re
-import unicodedata
 import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -20,6 +15,7 @@ from moesteer.chat import NO_OPTIONS, Encoded, check_covered, check_offsets, enc
 from moesteer.contrast import Conversation, Message, Span, located
 from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.rationale.instances import Instance, filled
+from moesteer.rationale.words import word_spans
 from moesteer.records import shorten
 
 if TYPE_CHECKING:
@@ -27,8 +23,6 @@ if TYPE_CHECKING:
 
 UnitKind = Literal["word", "token"]
 """What a rationale is made of."""
-
-_WORD = re.compile(r"\w+(?:(?:['’‐\u200c\u200d-]|(?<=\d)[.,:](?=\d))\w+)*")
 
 
 @dataclass(frozen=True)
@@ -62,13 +56,6 @@ class Laid:
     def human(self) -> tuple[int, ...]:
         """The numbers of the units that people marked."""
         return tuple(number for number, unit in enumerate(self.units) if unit.human)
-
-
-def word_spans(text: str) -> list[tuple[int, int]]:
-    """The words of a text, as characters `start` up to `end`."""
-    # A mark (a vowel sign, an accent) belongs to its letter, but is none to a regular expression.
-    letters = "".join("x" if unicodedata.category(c).startswith("M") else c for c in text)
-    return [found.span() for found in _WORD.finditer(letters)]
 
 
 def lay_out(

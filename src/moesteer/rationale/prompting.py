@@ -33,8 +33,9 @@ from moesteer.chat import NO_OPTIONS, render_prompt
 from moesteer.contrast import Message, located
 from moesteer.errors import MoesteerError
 from moesteer.rationale.instances import filled
-from moesteer.rationale.layout import Laid, word_spans
+from moesteer.rationale.layout import Laid
 from moesteer.rationale.reading import Named
+from moesteer.rationale.words import word_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

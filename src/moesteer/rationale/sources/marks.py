@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from moesteer.rationale.layout import word_spans
+from moesteer.rationale.words import word_spans
 
 
 def agreed(marks: Sequence[Collection[int]]) -> set[int]:

@@ -113,6 +113,7 @@ def test_bad_instances_are_named(refused: Run, change: dict, complaint: str) -> 
         ("--task testbed:claims --methods guess", "no method 'guess'"),
         ("--task testbed:claims --methods behaviour-routing", "--behaviour"),
         ("--task testbed:claims --mask unknown", "mask by delete or neutral"),
+        ("--task testbed:claims --neutral x", "--neutral is for --mask neutral"),
         ("--task testbed:claims --limit 0", "--limit is 0"),
         ("--task testbed:claims --seeds 0", "--seeds is 0"),
         ("--task testbed:claims --controls -1", "--controls is -1"),

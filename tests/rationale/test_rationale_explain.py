@@ -3,13 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from moesteer.engines.transformers_engine import TransformersEngine, load_transformers
-from moesteer.errors import MoesteerError
+from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.profile import Profile
 from moesteer.rationale import explain as explaining
 from moesteer.rationale.comparing import compare_runs
@@ -217,6 +218,39 @@ def test_what_cannot_be_asked_is_refused_before_the_run(
     with pytest.raises(MoesteerError, match=rf"asking for its words .*context of {longest + 20};"):
         explain(engine, INSTANCES, settings, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_method_that_tells_no_words_apart_is_said(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attribute = explaining.attribute
+
+    def flat(*given: Any, **more: Any) -> Any:
+        found = attribute(*given, **more)
+        scores = [{method: (0.5,) * len(of) for method, of in one.items()} for one in found.scores]
+        return replace(found, scores=(scores[0], *found.scores[1:]))
+
+    monkeypatch.setattr(explaining, "attribute", flat)
+    settings = replace(SETTINGS, methods=("saliency-l2",))
+    with pytest.warns(MoesteerWarning, match="saliency-l2 makes as much of every word in 1 of 3"):
+        explain(engine, INSTANCES[:3], settings, out=tmp_path / "run")
+
+
+def test_the_gap_of_integrated_gradients_is_kept_and_told_again(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attribute = explaining.attribute
+
+    def missed(*given: Any, **more: Any) -> Any:
+        found = attribute(*given, **more)
+        return replace(found, gaps=(0.3, *found.gaps[1:]))
+
+    monkeypatch.setattr(explaining, "attribute", missed)
+    settings = replace(SETTINGS, methods=("saliency-l2",))
+    for _ in range(2):  # made, and taken up
+        with pytest.warns(MoesteerWarning, match="integrated"):
+            explain(engine, INSTANCES[:3], settings, out=tmp_path / "run")
+    assert [r.gap for r in readings_of(read_run(tmp_path / "run"))] == [0.3, None, None]
 
 
 def test_methods(engine: TransformersEngine) -> None:

@@ -291,6 +291,20 @@ def test_without_an_unsteered_arm_each_is_compared_with_the_first():
         assert found.difference == pytest.approx(difference)
 
 
+def test_arms_of_several_runs_are_compared_within_their_run_and_with_the_first():
+    arms = [f"{run}: {arm}" for run in "ab" for arm in ("unsteered", "steered", "random 0")]
+    made = summarise([r for arm in arms for r in many(4, arm)])
+    assert {(c.arm, c.against) for c in made.changes} == {
+        ("a: steered", "a: unsteered"),
+        ("a: random", "a: unsteered"),
+        ("b: unsteered", "a: unsteered"),
+        ("b: steered", "b: unsteered"),
+        ("b: steered", "a: steered"),
+        ("b: random", "b: unsteered"),
+        ("b: random", "a: random"),
+    }
+
+
 def test_arms_are_compared_in_faithfulness_at_equal_counts_only():
     """The steered model names one unit more of one instance."""
     steered = [replace(r, arm="steered") for r in BY_HAND]

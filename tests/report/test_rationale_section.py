@@ -347,6 +347,15 @@ def test_a_reading_that_is_none_is_named(tmp_path: Path):
         gather([folder])
 
 
+def test_readings_that_are_fewer_than_the_summary_tells_are_refused(tmp_path: Path):
+    folder = rationale_run(tmp_path / "run", asdict(facts()))
+    lines = (folder / "readings.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "readings.jsonl").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+    told, found = len(lines), len(lines) - 1
+    with pytest.raises(MoesteerError, match=f"holds {found} readings, but summary.json.* {told}"):
+        gather([folder])
+
+
 def test_epochs_are_one_figure(tmp_path: Path):
     folder = finetune_run(tmp_path / "tuned", asdict(facts()))
     page = gather([folder])

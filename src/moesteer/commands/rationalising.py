@@ -24,7 +24,7 @@ def run(
     unit: Literal["word", "token"] = "word",
     pool: Literal["sum", "mean", "max"] = "sum",
     mask: Literal["delete", "unknown", "neutral"] = "delete",
-    neutral: str = "_",
+    neutral: str | None = None,
     calibrate: bool = False,
     seeds: int = 3,
     limit: int | None = None,
@@ -67,7 +67,7 @@ def run(
         How words are taken out: delete them, put the tokenizer's mask or unknown token in their
         place (unknown), or a neutral token.
     neutral
-        With --mask neutral: the text whose first token it is.
+        With --mask neutral: the text whose first token it is; "_" if left out.
     calibrate
         Take from each label's log-probability what it has where the texts are "N/A".
     seeds
@@ -87,6 +87,7 @@ def run(
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
+    from moesteer.errors import MoesteerError
     from moesteer.generate import merged_options
     from moesteer.options import check_least
     from moesteer.rationale.explain import Settings, arms_with, explain, methods_of
@@ -97,6 +98,8 @@ def run(
 
     check_least(0, controls=controls, seed=seed)
     check_least(1, seeds=seeds, limit=limit, max_new_tokens=max_new_tokens)
+    if neutral is not None and mask != "neutral":
+        raise MoesteerError(f"--neutral is for --mask neutral, and the mask is {mask}.")
     instances = read_instances(task)[:limit]
     profile, scored = load_profile(with_), load_profile(behaviour)
     engine = load_engine(model, options, profile, dense=True)
@@ -105,7 +108,7 @@ def run(
         unit=unit,
         pool=pool,
         masking=mask,
-        neutral=neutral,
+        neutral="_" if neutral is None else neutral,
         calibrated=calibrate,
         seeds=seeds,
         plain=plain,
@@ -113,6 +116,8 @@ def run(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
+    if scored is not None and "behaviour-routing" not in settings.methods:
+        raise MoesteerError("--behaviour is for behaviour-routing, which is not among --methods.")
     arms = arms_with(profile, engine.facts.layers, controls)
     chat_options = merged_options(profile, options.chat_option or [])
     kept = nullcontext(out) if out is not None else TemporaryDirectory()

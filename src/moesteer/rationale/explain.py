@@ -9,7 +9,7 @@ Each instance is read untouched and, where there is a profile, under it and unde
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -154,6 +154,8 @@ def explain(
                 readings |= {(name, reading.item): reading for reading in made}
                 told(len(numbers))
         ordered = [readings[name, n] for name in arms for n in range(len(laid))]
+        for note in _flat(ordered):
+            warnings.warn(note, MoesteerWarning, stacklevel=2)
         if note := gap_note([r.source for r in ordered], [r.gap for r in ordered]):
             warnings.warn(note, MoesteerWarning, stacklevel=2)
         result = summarise(ordered, settings.seed)
@@ -235,6 +237,18 @@ def arms_with(
         for seed in range(controls):
             arms[f"random {seed}"] = random_control(profile, layers, seed)
     return arms
+
+
+def _flat(readings: Sequence[Reading]) -> Iterator[str]:
+    """A sentence for each method that makes as much of every unit of some instances."""
+    for method in dict.fromkeys(method for reading in readings for method in reading.scores):
+        of = [reading.scores[method] for reading in readings if method in reading.scores]
+        flat = sum(len(scores) > 1 and len(set(scores)) == 1 for scores in of)
+        if flat:
+            yield (
+                f"{method} makes as much of every word in {flat} of {len(of)} readings: its"
+                " rationale there is their first words."
+            )
 
 
 def _as_json(profile: Profile | None) -> Any:

@@ -12,7 +12,7 @@ is compared with every other, faithfulness at equal counts only: at different on
                         measure and arm; for changes over the methods of one measure
 
 Where arms are compared, "random 0", "random 1", … are one: the mean of each instance over them.
-Arms of several runs are compared with the first.
+Arms of several runs are compared within their run, and with the first run.
 """
 
 from collections import Counter
@@ -364,11 +364,25 @@ def _equal_counts(columns: Columns, *two: tuple[str, str]) -> bool:
     return bool(((one == other) | np.isnan(one - other)).all())
 
 
+def _between_runs(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """Each arm of several runs, `RUN` or `RUN: ARM`, with the first of its own run and with the
+    same one of the first run."""
+    pools = list(dict.fromkeys(map(arm_pool, arms)))
+    run = {arm: arm.rpartition(": ")[0] for arm in pools}
+    name = {arm: arm.rpartition(": ")[2] for arm in pools}
+    found: dict[tuple[str, str], None] = {}
+    for arm in pools:
+        alike = [other for other in pools if run[other] == run[arm]]
+        same = [other for other in pools if name[other] == name[arm] or not run[other]]
+        for against in (alike[0], same[0]):
+            if against != arm:
+                found[arm, against] = None
+    return list(found)
+
+
 def _changes(columns: Columns, arms: Sequence[str], seed: int) -> Iterator[Change]:
     found: dict[tuple[str, str, str, str], Column] = {}
-    first, *others = dict.fromkeys(map(arm_pool, arms))
-    runs = [(arm, first) for arm in others]
-    pairs = compared(arms) if UNSTEERED in arms else runs
+    pairs = compared(arms) if UNSTEERED in arms else _between_runs(arms)
     for arm, against in pairs:
         for key in columns:
             changed = key.measure in CHANGED or key.measure.startswith("in:")

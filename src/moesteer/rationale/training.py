@@ -117,7 +117,8 @@ def train_epoch(
     """Every example once, in an order of the epoch's own; epochs count from 1.
 
     `again`: decoder layers that run twice, in less memory.
-    Raises MoesteerError where the loss is no number any more, or a batch doesn't fit into memory.
+    Raises MoesteerError where the loss or a weight is no number any more, or where a batch doesn't
+    fit into memory.
     """
     order = list(examples)
     random.Random(f"{training.seed} {epoch}").shuffle(order)
@@ -147,6 +148,11 @@ def train_epoch(
             optimiser.zero_grad()
             if progress is not None:
                 progress(min((turn + 1) * size, len(order)), len(order))
+    if not all(weight.isfinite().all() for weight in weights):
+        raise MoesteerError(
+            f"epoch {epoch}: the last step left weights that are no numbers; take a lower rate than"
+            f" {training.rate:g}."
+        )
 
 
 def rate_share(step: int, steps: int) -> float:

@@ -353,7 +353,15 @@ def _trials(run: Run) -> list[Trial]:
 
 
 def _rationales(run: Run) -> Rationales:
-    return Rationales(run, Summary.from_json(*_summary(run)), readings_of(run))
+    summary, readings = Summary.from_json(*_summary(run)), readings_of(run)
+    found = {(reading.arm, reading.item) for reading in readings}
+    told = sum(arm.n for arm in summary.arms)
+    if len(found) != told:
+        raise MoesteerError(
+            f"{run.folder}: readings.jsonl holds {len(found):,} readings, but {SUMMARY} tells of"
+            f" {told:,}. Run its command again, which reads what is missing."
+        )
+    return Rationales(run, summary, readings)
 
 
 def _finetuned(run: Run) -> Finetuned:

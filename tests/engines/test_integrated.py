@@ -131,7 +131,7 @@ def test_without_holding_jumps_are_missed(name: str) -> None:
         hold: [
             gap
             for _, _, gap in integrated.integrated_gradients(
-                e._attributed(None), READOUTS, PLACES, steps=64, tolerance=0.01, hold=hold
+                e._subject(None), READOUTS, PLACES, steps=64, tolerance=0.01, hold=hold
             )
         ]
         for hold in (True, False)

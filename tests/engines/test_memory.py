@@ -82,7 +82,7 @@ def test_weights_are_not_what_a_graph_holds() -> None:
     sizes = []
     for tokens in (4, 40):
         leaf = torch.randn(1, tokens, 64, requires_grad=True)
-        with e._attributed(None).differentiable(), measured(CPU) as held:
+        with e._subject(None).differentiable(), measured(CPU) as held:
             assert e.model.base_model(inputs_embeds=leaf, use_cache=False)[0].requires_grad
         sizes.append(held())
     assert sizes[0] < weights / 4
@@ -127,7 +127,7 @@ def test_checkpoints_hold_less() -> None:
     e, sizes = made("qwen3_moe"), []
     for checkpointing in (False, True):
         leaf = torch.randn(1, 40, 64, requires_grad=True)
-        with e._attributed(None, checkpointing).differentiable(), measured(CPU) as held:
+        with e._subject(None, checkpointing).differentiable(), measured(CPU) as held:
             assert e.model.base_model(inputs_embeds=leaf, use_cache=False)[0].requires_grad
         sizes.append(held())
     assert sizes[1] < sizes[0] / 4

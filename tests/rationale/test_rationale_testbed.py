@@ -79,6 +79,6 @@ def test_fine_tuning_raises_accuracy_on_the_hard_task(tmp_path: Path) -> None:
     )
     before, *_, after = (summary for _, summary in summaries)
     assert after.arm("unsteered").accuracy >= before.arm("unsteered").accuracy + 0.04
+    # What the gradient points at goes on to be what people mark, more than random words are.
     for _, summary in summaries:
-        assert mean(summary, "saliency-l2", "f1").value > 0
-        assert mean(summary, "saliency-l2", "flip").value > 0
+        assert mean(summary, "saliency-l2", "f1").low > mean(summary, "random", "f1").high

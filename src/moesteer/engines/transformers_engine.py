@@ -50,7 +50,7 @@ from moesteer.engines.transformers.seam import (
 from moesteer.engines.transformers.selections import weigh_selections
 from moesteer.engines.transformers.steering import UNSTEERED, checked_layers, steer
 from moesteer.engines.transformers.stream import Stream, find_stream
-from moesteer.engines.transformers.token_gradients import Attributed, token_gradients
+from moesteer.engines.transformers.token_gradients import Subject, token_gradients
 from moesteer.errors import MoesteerError
 from moesteer.profile import Profile, check_model
 from moesteer.records import first_line
@@ -213,15 +213,15 @@ class TransformersEngine:
         if gates:
             self._check_routed()
         self._check(readouts, [profile])
-        attributed = self._attributed(profile, checkpointing)
-        return token_gradients(attributed, readouts, gates=gates)
+        subject = self._subject(profile, checkpointing)
+        return token_gradients(subject, readouts, gates=gates)
 
     def attention_maps(
         self, readouts: Sequence[Readout], profile: Profile | None = None
     ) -> Iterator[tuple[int, Float[Tensor, "layer token token"]]]:
         """See `Engine.attention_maps`. Switches attention to eager, with a warning, and back."""
         self._check(readouts, [profile])
-        return attention_maps(self._attributed(profile), readouts)
+        return attention_maps(self._subject(profile), readouts)
 
     def integrated_gradients(
         self,
@@ -235,10 +235,8 @@ class TransformersEngine:
     ) -> Iterator[tuple[int, Float[Tensor, " token"], float]]:
         """See `Engine.integrated_gradients`. A routed model's tokens keep their experts."""
         self._check(readouts, [profile])
-        attributed = self._attributed(profile, checkpointing)
-        return integrated_gradients(
-            attributed, readouts, positions, steps=steps, tolerance=tolerance
-        )
+        subject = self._subject(profile, checkpointing)
+        return integrated_gradients(subject, readouts, positions, steps=steps, tolerance=tolerance)
 
     def weigh_selections(
         self,
@@ -249,11 +247,11 @@ class TransformersEngine:
         """See `Engine.weigh_selections`."""
         self._check_routed()
         self._check([Readout(tuple(text), ()) for text in texts], [profile])
-        return weigh_selections(self._attributed(profile), texts, table)
+        return weigh_selections(self._subject(profile), texts, table)
 
-    def _attributed(self, profile: Profile | None, checkpointing: bool = False) -> Attributed:
+    def _subject(self, profile: Profile | None, checkpointing: bool = False) -> Subject:
         stream = self._stream_for([profile])
-        return Attributed(self.model, self.layers, stream, profile, checkpointing)
+        return Subject(self.model, self.layers, stream, profile, checkpointing)
 
     def _routed(self, number: int) -> MoELayer:
         self._check_routed()

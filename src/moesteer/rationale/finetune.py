@@ -33,6 +33,7 @@ from moesteer.engines.transformers.stream import find_decoder
 from moesteer.engines.transformers_engine import TransformersEngine
 from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.provenance import about
+from moesteer.rationale.epochs import EPOCHS, epochs_of
 from moesteer.rationale.explain import Settings, explain
 from moesteer.rationale.instances import Instance, filled, instances_hash
 from moesteer.rationale.layout import lay_out
@@ -45,13 +46,12 @@ from moesteer.rationale.training import (
     optimiser_of,
     train_epoch,
 )
-from moesteer.runs import Run, open_run
+from moesteer.runs import open_run
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 KIND = "rationale finetune"
-EPOCHS = "epochs"
 OPTIMISER = "optimizer.pt"
 RATES = {"adapter": 2e-4, "full": 2e-5}
 """The default rates: what models of a billion weights and more are usually trained with."""
@@ -148,15 +148,6 @@ def finetune(
                     measure(epoch, _after(engine, epoch))
         kept.drop_optimisers()
         return sorted(known.items())
-
-
-def epochs_of(run: Run) -> list[tuple[int, Summary]]:
-    """The epochs that were measured; MoesteerError, with its place, for a line that is none."""
-    path = run.folder / f"{EPOCHS}.jsonl"
-    return [
-        (line["epoch"], Summary.from_json(json.dumps(line["summary"]), f"{path}:{number}"))
-        for number, line in enumerate(run.lines(EPOCHS, "epoch", "summary"), start=1)
-    ]
 
 
 # -- what is asked for ---------------------------------------------------------------------------

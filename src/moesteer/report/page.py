@@ -21,6 +21,7 @@ from moesteer.evaluation.evaluate import replies_of
 from moesteer.evaluation.judge_check import JudgeCheck
 from moesteer.evaluation.search import BEST, SearchResult, Trial
 from moesteer.profile import NORM_TOLERANCE, UNKNOWN, ModelFacts, Profile
+from moesteer.rationale.epochs import EPOCHS, epochs_of
 from moesteer.rationale.explain import readings_of
 from moesteer.rationale.reading import Reading
 from moesteer.rationale.summary import Summary
@@ -365,13 +366,12 @@ def _rationales(run: Run) -> Rationales:
 
 
 def _finetuned(run: Run) -> Finetuned:
-    path = run.folder / "epochs.jsonl"
-    epochs = [
-        (line["epoch"], Summary.from_json(json.dumps(line["summary"]), f"{path}:{number}"))
-        for number, line in enumerate(run.lines("epochs", "epoch", "summary"), start=1)
-    ]
+    epochs = epochs_of(run)
     if not epochs:
-        raise MoesteerError(f"{path} holds no epoch. Run its command again, which goes on with it.")
+        raise MoesteerError(
+            f"{run.folder / EPOCHS}.jsonl holds no epoch. Run its command again, which goes on with"
+            " it."
+        )
     return Finetuned(run, epochs)
 
 

@@ -21,22 +21,22 @@ from moesteer.engines.transformers.memory import texts_in_batches
 from moesteer.engines.transformers.reading import Piece, padded
 from moesteer.engines.transformers.routers import describe, input_device
 from moesteer.engines.transformers.stream import find_decoder
-from moesteer.engines.transformers.token_gradients import Attributed, pieces_of
+from moesteer.engines.transformers.token_gradients import Subject, pieces_of
 from moesteer.errors import MoesteerError, MoesteerWarning
 
 
 def attention_maps(
-    attributed: Attributed, readouts: Sequence[Readout]
+    subject: Subject, readouts: Sequence[Readout]
 ) -> Iterator[tuple[int, Float[Tensor, "layer token token"]]]:
     """See `Engine.attention_maps`."""
-    model = attributed.model
-    decoder = find_decoder(model, attributed.layers)
+    model = subject.model
+    decoder = find_decoder(model, subject.layers)
 
     def compute(pieces: Sequence[Piece]) -> Iterator[Tensor]:
         ids, attention = padded([piece.ids for piece in pieces], input_device(model))
         with (
             torch.inference_mode(),
-            attributed.steered(pieces),
+            subject.steered(pieces),
             _watched(decoder, attention) as seen,
         ):
             model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)

@@ -31,7 +31,7 @@ from moesteer.engines.transformers.memory import by_length, in_batches
 from moesteer.engines.transformers.reading import Piece
 from moesteer.engines.transformers.routers import input_device
 from moesteer.engines.transformers.token_gradients import (
-    Attributed,
+    Subject,
     embedded,
     gradient_of,
     pieces_of,
@@ -61,7 +61,7 @@ class _Group:
 
 
 def integrated_gradients(
-    attributed: Attributed,
+    subject: Subject,
     readouts: Sequence[Readout],
     positions: Sequence[Sequence[int]],
     *,
@@ -79,7 +79,7 @@ def integrated_gradients(
             )
     for numbers in by_length(range(len(pieces)), lambda number: len(pieces[number].ids)):
         yield from _of_group(
-            attributed,
+            subject,
             [pieces[number] for number in numbers],
             numbers,
             [positions[number] for number in numbers],
@@ -90,7 +90,7 @@ def integrated_gradients(
 
 
 def _of_group(
-    attributed: Attributed,
+    subject: Subject,
     pieces: list[Piece],
     numbers: list[int],
     positions: Sequence[Sequence[int]],
@@ -98,19 +98,19 @@ def _of_group(
     tolerance: float,
     hold: bool,
 ) -> Iterator[tuple[int, Float[Tensor, " token"], float]]:
-    layers = attributed.layers if hold else []
+    layers = subject.layers if hold else []
     back = torch.zeros(len(pieces), max(len(piece.ids) for piece in pieces))
     for row, places in enumerate(positions):
         back[row, list(places)] = 1
-    with torch.no_grad(), attributed.steered(pieces), taken_down(layers, len(pieces)) as selected:
-        there = values_of(attributed.model, pieces).double().cpu()
+    with torch.no_grad(), subject.steered(pieces), taken_down(layers, len(pieces)) as selected:
+        there = values_of(subject.model, pieces).double().cpu()
     group = _Group(pieces, numbers, back, selected)
     everyone = torch.arange(len(pieces))
-    with torch.no_grad(), _on_the_way(attributed, group, everyone, torch.zeros(len(pieces))):
-        difference = there - values_of(attributed.model, pieces).double().cpu()
+    with torch.no_grad(), _on_the_way(subject, group, everyone, torch.zeros(len(pieces))):
+        difference = there - values_of(subject.model, pieces).double().cpu()
     waiting = list(range(len(pieces)))
     while waiting:
-        scores = _integrated(attributed, group, waiting, steps)
+        scores = _integrated(subject, group, waiting, steps)
         unfinished = []
         for text in waiting:
             own = scores[text][: len(pieces[text].ids)]
@@ -124,7 +124,7 @@ def _of_group(
 
 
 def _integrated(
-    attributed: Attributed, group: _Group, texts: Sequence[int], steps: int
+    subject: Subject, group: _Group, texts: Sequence[int], steps: int
 ) -> dict[int, Float[Tensor, " position"]]:
     """The scores of each text, by so many steps."""
     nodes, weights = np.polynomial.legendre.leggauss(steps)
@@ -137,7 +137,7 @@ def _integrated(
         rows = torch.tensor([text for text, _, _ in batch])
         alphas = torch.tensor([alpha for _, alpha, _ in batch])
         share = torch.tensor([weight for _, _, weight in batch], dtype=torch.float64)
-        found = _products(attributed, group, rows, alphas).double() * share.unsqueeze(-1)
+        found = _products(subject, group, rows, alphas).double() * share.unsqueeze(-1)
         for row, text in enumerate(rows.tolist()):
             scores[text][: found.shape[1]] += found[row]
         return []
@@ -148,20 +148,20 @@ def _integrated(
             rows,
             lambda row: len(group.pieces[row[0]].ids),
             lambda row: group.numbers[row[0]],
-            input_device(attributed.model),
+            input_device(subject.model),
             compute,
-            attributed.advice,
+            subject.advice,
         )
     )
     return scores
 
 
 def _products(
-    attributed: Attributed, group: _Group, rows: Int[Tensor, " row"], alphas: Float[Tensor, " row"]
+    subject: Subject, group: _Group, rows: Int[Tensor, " row"], alphas: Float[Tensor, " row"]
 ) -> Float[Tensor, "row position"]:
     """Each token's embedding times its gradient, somewhere on the way."""
-    model = attributed.model
-    with attributed.differentiable(), _on_the_way(attributed, group, rows, alphas) as met:
+    model = subject.model
+    with subject.differentiable(), _on_the_way(subject, group, rows, alphas) as met:
         (gradient,) = gradient_of(model, values_of(model, group.chosen(rows)), met[1:])
     products = (met[0].float() * gradient.float()).sum(-1).cpu()
     return products * group.back[rows, : products.shape[1]]
@@ -169,7 +169,7 @@ def _products(
 
 @contextmanager
 def _on_the_way(
-    attributed: Attributed, group: _Group, rows: Int[Tensor, " row"], alphas: Float[Tensor, " row"]
+    subject: Subject, group: _Group, rows: Int[Tensor, " row"], alphas: Float[Tensor, " row"]
 ) -> Iterator[list[Tensor]]:
     """Rows of texts of the group, each so far on its way; the embedding whole, and as it is there,
     once the model has run."""
@@ -178,7 +178,7 @@ def _on_the_way(
     back = group.back[rows, :longest]
     scale = 1 - back + back * alphas.unsqueeze(-1)  # exact for the smallest α
     selected = {layer: tuple(v[rows, :longest] for v in of) for layer, of in group.selected.items()}
-    layers = [layer for layer in attributed.layers if layer.layer in selected]
+    layers = [layer for layer in subject.layers if layer.layer in selected]
     met: list[Tensor] = []
 
     def move(output: Tensor) -> Tensor:
@@ -187,8 +187,8 @@ def _on_the_way(
         return met[1]
 
     with (
-        attributed.steered(pieces),
+        subject.steered(pieces),
         held(layers, selected),
-        embedded(attributed.model, move),
+        embedded(subject.model, move),
     ):
         yield met

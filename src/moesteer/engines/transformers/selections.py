@@ -12,17 +12,17 @@ from moesteer.engines.transformers.memory import texts_in_batches
 from moesteer.engines.transformers.reading import Piece, padded
 from moesteer.engines.transformers.routers import input_device
 from moesteer.engines.transformers.seam import observe
-from moesteer.engines.transformers.token_gradients import Attributed, whole_prompts
+from moesteer.engines.transformers.token_gradients import Subject, whole_prompts
 from moesteer.errors import MoesteerError
 
 
 def weigh_selections(
-    attributed: Attributed,
+    subject: Subject,
     texts: Sequence[Sequence[int]],
     table: Float[np.ndarray, "layer expert"],
 ) -> list[Float[np.ndarray, " token"]]:
     """See `Engine.weigh_selections`. As in routing counts, an expert of weight 0 isn't selected."""
-    model, layers = attributed.model, attributed.layers
+    model, layers = subject.model, subject.layers
     widest = max(layer.num_experts for layer in layers)
     if table.shape != (len(layers), widest):
         raise MoesteerError(
@@ -38,7 +38,7 @@ def weigh_selections(
         def see(row: Tensor, index: Int[Tensor, "token k"], weights: Tensor) -> None:
             total.add_((row[index.cpu().long()] * (weights != 0).cpu()).sum(-1))
 
-        with torch.inference_mode(), attributed.steered(pieces), ExitStack() as stack:
+        with torch.inference_mode(), subject.steered(pieces), ExitStack() as stack:
             for layer, row in zip(layers, numbers, strict=True):
                 stack.callback(observe(layer, lambda i, w, row=row: see(row, i, w)))
             model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)

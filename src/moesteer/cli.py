@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from moesteer.commands.common import ModelOptions
 from moesteer.commands.comparing import detectors
@@ -34,6 +35,9 @@ from moesteer.commands.reporting import report
 from moesteer.commands.running import chat, generate
 from moesteer.commands.serving import serve
 from moesteer.commands.writing import writers
+
+if TYPE_CHECKING:
+    from cyclopts import App
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -112,13 +116,12 @@ def _without_output(status: int) -> int:
     return status
 
 
-def _run(tokens: list[str]) -> int:
+def parser() -> "App":
+    """The parser of all commands, made from their signatures and docstrings."""
     from inspect import Parameter as Kind
     from inspect import signature
 
-    from cyclopts import App, CycloptsError, Parameter
-
-    from moesteer.errors import MoesteerError
+    from cyclopts import App, Parameter
 
     app = App(
         name="moesteer",
@@ -143,6 +146,15 @@ def _run(tokens: list[str]) -> int:
             groups[group].default(command)
     for group in groups.values():
         app.command(group)
+    return app
+
+
+def _run(tokens: list[str]) -> int:
+    from cyclopts import CycloptsError
+
+    from moesteer.errors import MoesteerError
+
+    app = parser()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     try:

@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 BIN_VLLM := .venv-vllm/bin
 
-.PHONY: demo test test-slow check vllm test-vllm testbed architectures bench bench-vllm clean
+.PHONY: demo test test-slow check vllm test-vllm docs testbed reference bench bench-vllm clean
 
 demo: .venv/installed
 	$(BIN)/moesteer demo
@@ -32,14 +32,20 @@ test-vllm: .venv-vllm/installed
 	$(BIN_VLLM)/basedpyright --project tests_vllm
 	$(BIN_VLLM)/pytest tests_vllm
 
+# Runs every block of the documentation, then builds it: build/site/index.html.
+docs: .venv/installed-dev
+	$(BIN)/python scripts/run_blocks.py
+	$(BIN)/zensical build --strict
+
 # Retrains the five bundled models into build/testbed (two hours on one core).
 testbed: .venv/installed
 	mkdir -p build/testbed
 	$(BIN)/python -m moesteer.testbed.train --out build/testbed
 
-# Writes docs/architectures.md for the installed transformers.
-architectures: .venv/installed-dev
-	$(BIN)/python docs/architectures.py
+# Writes the pages of docs/reference that are made from the code: architectures of the installed transformers, commands.
+reference: .venv/installed-dev
+	$(BIN)/python scripts/architectures.py
+	$(BIN)/python scripts/commands.py
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/run.py

@@ -741,7 +741,7 @@ def test_the_page_of_architectures_is_current() -> None:
 
     Under another version only what it promises is asked of it: no type has lost its support.
     """
-    path = Path(__file__).parents[2] / "docs" / "architectures.py"
+    path = Path(__file__).parents[2] / "scripts" / "architectures.py"
     script = runpy.run_path(str(path))
     kept, written = script["PAGE"].read_text(encoding="utf-8"), script["page"]()
     if f"{script['MADE_WITH']}{transformers.__version__} " in kept:

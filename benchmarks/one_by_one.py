@@ -9,7 +9,6 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
@@ -21,7 +20,7 @@ import torch
 from captum.attr import InputXGradient  # pyright: ignore[reportMissingImports]
 from jaxtyping import Float
 from models import dense_model, middle_model
-from paired import Figure, processor_seconds, relative_speed, wall_seconds
+from paired import Figure, processor_seconds, record_of, relative_speed, wall_seconds
 from torch import Tensor, nn
 
 from moesteer.engines.readouts import Readout
@@ -43,7 +42,7 @@ Scores = list[Float[np.ndarray, " token"]]
 def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # inseq logs what it does with each text
-    Path(sys.argv[1]).write_text(json.dumps([asdict(figure) for figure in figures()]))
+    Path(sys.argv[1]).write_text(json.dumps([record_of(figure) for figure in figures()]))
 
 
 def figures() -> list[Figure]:

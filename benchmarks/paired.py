@@ -7,8 +7,9 @@ after the other, and only the ratio of a round's two sums is kept.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from statistics import median
+from typing import Any
 
 Work = Callable[[], object]
 
@@ -46,6 +47,17 @@ class Figure:
         if self.bar is None:
             return None
         return self.ratio.median <= self.bar if self.at_most else self.ratio.median >= self.bar
+
+
+def record_of(figure: Figure) -> dict[str, Any]:
+    """A figure as JSON; `figure_of` reads it."""
+    return {**asdict(figure), "median": figure.ratio.median, "met": figure.met}
+
+
+def figure_of(record: dict[str, Any]) -> Figure:
+    ratio = Ratio(tuple(record["ratio"]["rounds"]))
+    given = {one.name: record[one.name] for one in fields(Figure)}
+    return Figure(**{**given, "ratio": ratio})
 
 
 def processor_seconds(work: Work) -> float:

@@ -53,7 +53,7 @@ def plain_hooks(engine: TransformersEngine, profile: Profile) -> Iterator[None]:
     for layer in engine.layers:
         activated, deactivated = profile.experts_of(layer.layer)
         if activated or deactivated:
-            hook = _rerouting(activated, deactivated, layer.top_k)
+            hook = rerouting(activated, deactivated, layer.top_k)
             handles.append(layer.module.register_forward_hook(hook))
     try:
         yield
@@ -62,15 +62,21 @@ def plain_hooks(engine: TransformersEngine, profile: Profile) -> Iterator[None]:
             handle.remove()
 
 
-def _rerouting(activated: list[int], deactivated: list[int], top_k: int):
+def rerouting(activated: list[int], deactivated: list[int], top_k: int):
     def reroute(module: Any, _args: object, output: tuple[Tensor, Tensor, Tensor]):
         logits = output[0].clone()
         highest, lowest = logits.amax(-1, keepdim=True), logits.amin(-1, keepdim=True)
-        logits[:, activated] = highest + 0.01
-        logits[:, deactivated] = lowest - 0.01
+        logits[:, activated] = just_beyond(highest, 1)
+        logits[:, deactivated] = just_beyond(lowest, -1)
         weights, index = logits.softmax(-1, dtype=torch.float).topk(top_k, dim=-1)
         if module.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         return logits, weights.to(logits.dtype), index
 
     return reroute
+
+
+def just_beyond(extreme: Tensor, sign: int) -> Tensor:
+    """0.01 further, or two rounding steps: beside a large bf16 logit 0.01 would vanish."""
+    step = 2 * torch.finfo(extreme.dtype).eps
+    return extreme.add(extreme.abs().clamp(min=0.01 / step), alpha=sign * step)

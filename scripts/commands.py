@@ -23,7 +23,7 @@ half-written), 130 interrupted.
 
 def page() -> str:
     """The page as it should stand in the folder."""
-    told = generate_markdown_docs(parser(), recursive=True, heading_level=1, generate_toc=False)
+    told = generate_markdown_docs(parser(), generate_toc=False, usage_name="moesteer")
     _, _, commands = told.partition("\n## ")
     return INTRODUCTION + "## " + commands.rstrip() + "\n"
 

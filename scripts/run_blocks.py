@@ -11,10 +11,12 @@
 Other blocks (text, json, toml) are not run: there stands what needs another model, a GPU or vLLM.
 """
 
+import atexit
 import contextlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,8 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parent.parent
+HERE = "--here"
+"""What the process is told that runs one page, in the folder that it is started in."""
 
 ON_VLLM = ("vllm.md", "serving.md")
 """Pages whose blocks run in vLLM's own environment, when they are named."""
@@ -41,24 +45,25 @@ class Block:
 
 
 def main(names: Sequence[str]) -> None:
-    """Run the pages' blocks, each page in a process of its own; exit with 1 where one fails."""
-    if len(names) == 1:
-        sys.exit(run_page(Path(names[0]).resolve()))
-    pages = [Path(name) for name in names] or [
+    """Run the pages' blocks, each page in a process and a folder of its own; 1 where one fails."""
+    if names[:1] == [HERE]:
+        sys.exit(run_page(Path(names[1])))
+    pages = [Path(name).resolve() for name in names] or [
         ROOT / "README.md",
         *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in ON_VLLM),
     ]
-    failed = []
+    failed = 0
     for page in pages:
         if not any(runs(block) for block in blocks(page.read_text(encoding="utf-8"))):
             continue
         started = time.monotonic()
-        done = subprocess.run([sys.executable, __file__, str(page)])
-        failed += [page] * (done.returncode != 0)
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run([sys.executable, __file__, HERE, page], cwd=folder)
+        failed += done.returncode != 0
         told = "failed" if done.returncode else "ran"
         print(f"{os.path.relpath(page, ROOT)}: {told} in {time.monotonic() - started:.0f} s")
     if failed:
-        sys.exit(f"{len(failed)} of {len(pages)} pages have a block that fails.")
+        sys.exit(f"{failed} of {len(pages)} pages have a block that fails.")
 
 
 def blocks(text: str) -> Iterator[Block]:
@@ -74,34 +79,49 @@ def runs(block: Block) -> bool:
 
 
 def run_page(page: Path) -> int:
-    """Run one page's blocks; the number of those that failed, 0 or 1, for nothing runs after."""
+    """Run one page's blocks in the current folder; 1 where one fails, and nothing after it."""
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["COLUMNS"] = "120"
     names: dict[str, object] = {"__name__": "__main__"}
     printed = ""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        for block in blocks(page.read_text(encoding="utf-8")):
-            where = f"{page.name}:{block.line}"
-            if block.language == "output":
-                if not shows(block.text, printed):
-                    print(f"{where}: this is not what was printed, which is:\n{printed}")
-                    return 1
-            elif block.language == "python":
-                try:
-                    printed = run_python(block, page, names)
-                except Exception as error:
-                    print(f"{where}: {type(error).__name__}: {error}")
-                    return 1
-            elif block.language == "bash":
-                done = subprocess.run(
-                    ["bash", "-e", "-c", block.text], capture_output=True, text=True
-                )
-                printed = done.stdout
-                if done.returncode:
-                    print(f"{where}: exit {done.returncode}\n{done.stdout}{done.stderr}")
-                    return 1
+    for block in blocks(page.read_text(encoding="utf-8")):
+        where = f"{page.name}:{block.line}"
+        if block.language == "output":
+            if not shows(block.text, printed):
+                print(f"{where}: this is not what was printed, which is:\n{printed}")
+                return 1
+        elif block.language == "python":
+            try:
+                printed = run_python(block, page, names)
+            except Exception as error:
+                print(f"{where}: {type(error).__name__}: {error}")
+                return 1
+        elif block.language == "bash":
+            code, printed, complaints = run_bash(block)
+            if code:
+                print(f"{where}: exit {code}\n{printed}{complaints}")
+                return 1
     return 0
+
+
+def run_bash(block: Block) -> tuple[int, str, str]:
+    """Exit status and both outputs; what runs on in the background ends with this process."""
+    shell = subprocess.Popen(
+        ["bash", "-e", "-c", block.text],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    atexit.register(end_session, shell.pid)
+    printed, complaints = shell.communicate()
+    return shell.returncode, printed, complaints
+
+
+def end_session(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGTERM)
 
 
 def run_python(block: Block, page: Path, names: dict[str, object]) -> str:

@@ -14,6 +14,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Array shapes in these modules' signatures are checked at every call. They must not have been
 # imported yet.
 CHECKED = [
+    "moesteer.auditing",
+    "moesteer.gating",
+    "moesteer.harnesses.paired",
+    "moesteer.playground.passes",
+    "moesteer.playground.streaming",
     "moesteer.rules",
     "moesteer.detection",
     "moesteer.directions.means",
@@ -51,7 +56,7 @@ CHECKED = [
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 
-pytest_plugins = ["as_user"]  # fixtures that run commands
+pytest_plugins = ["as_user", "fake_hub"]  # fixtures that run commands, and a Hub on loopback
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"

@@ -64,10 +64,17 @@ class Running:
     keep: list[int]
     computed: int = 0
     seen: set[int] = field(default_factory=set)
+    prompt: int = 0
+    watch: str | None = None
 
     @property
     def ours(self) -> bool:
-        return self.profile is not None or self.counted is not None or bool(self.keep)
+        return not self.only_watched or self.watch is not None
+
+    @property
+    def only_watched(self) -> bool:
+        """Or not even that."""
+        return self.profile is None and self.counted is None and not self.keep
 
     @property
     def key(self) -> str:
@@ -85,7 +92,8 @@ class Running:
                 "key": self.key,
                 "count": count,
                 "keep": self.keep,
-                "prompt": self.tokens,
+                "prompt": self.prompt or self.tokens,
+                "watch": self.watch,
             }
         }
 
@@ -120,6 +128,7 @@ class Simulation:
         self.preempted: list[str] = []
         self.wanted: dict[str, Counter] = {}
         self.states: dict[tuple[str, int], float] = {}
+        self.prompts: dict[str, dict[str, Running]] = {}
         self.started = 0
 
     def arrive(self) -> None:
@@ -130,7 +139,11 @@ class Simulation:
         spans = [ends] if len(ends) == 2 else [[0, tokens]]
         keep = [p for p in range(1, tokens + 1) if draw.random() < 0.2] if counted is None else []
         self.started += 1
-        self.running.append(Running(f"r{self.started}", tokens, profile, counted, spans, keep))
+        arrived = Running(f"r{self.started}", tokens, profile, counted, spans, keep)
+        if counted is None and draw.random() < 0.5:  # two requests may be parts of one
+            arrived.keep, arrived.prompt = [], draw.randint(1, tokens)
+            arrived.watch = f"watch {self.started // 2}"
+        self.running.append(arrived)
 
     def step(self) -> None:
         draw = self.draw
@@ -149,6 +162,9 @@ class Simulation:
         room, free = TOKENS, ROWS
         for request in draw.sample(self.running, len(self.running)):
             number = min(draw.randint(1, 5), request.tokens - request.computed, room)
+            if request.watch and request.prompt - 1 not in request.seen:
+                # The first token that is generated waits for the prompt.
+                number = min(number, request.prompt - request.computed)
             if number and (not request.ours or free):
                 batch.append((request, number))
                 room, free = room - number, free - request.ours
@@ -212,7 +228,9 @@ class Simulation:
         if not request.ours or position in request.seen:
             return
         request.seen.add(position)
-        if not request.counts(position):
+        if request.watch and position == request.prompt - 1:
+            self.prompts.setdefault(request.watch, {})[request.id] = request
+        if request.only_watched or not request.counts(position):
             return
         total = self.wanted.setdefault(request.key, Counter())
         total["tokens"] += 1
@@ -239,6 +257,24 @@ class Simulation:
                     [wanted[shape.layer, expert] for expert in range(shape.experts)], abs=1e-5
                 )
 
+    def collect_prompts(self, keys: list[str]) -> None:
+        """Of each prompt that has ended all of it, however it was cut or interrupted."""
+        found = self.rows.collect(keys)
+        for key in keys:
+            wanted = self.prompts.pop(key, {})
+            got = found.get(key, {"prompts": {}})["prompts"]
+            assert got.keys() == wanted.keys()
+            for request, told in got.items():
+                length = wanted[request].prompt
+                assert (told["length"], told["tokens"]) == (length, length)
+                for shape in LAYERS:
+                    counts = [0] * shape.experts
+                    for position in range(length):
+                        for expert, weight in zip(*routing(request, position, shape), strict=True):
+                            if weight and expert < shape.experts:
+                                counts[expert] += 1
+                    assert told["selected"][shape.layer] == counts
+
 
 @given(st.integers(0, 2**32))
 @settings(max_examples=200, deadline=None)
@@ -250,8 +286,11 @@ def test_each_token_is_steered_by_its_request_and_counted_once(seed: int) -> Non
         simulation.step()
         if simulation.draw.random() < 0.2:
             simulation.collect(list(simulation.wanted)[:2])
+            simulation.collect_prompts([f"watch {n}" for n in range(simulation.started)][-4:])
     simulation.rows.forget([*simulation.ended, *(request.id for request in simulation.running)])
     simulation.collect(list(simulation.wanted))
+    simulation.collect_prompts(list(simulation.prompts))
+    assert not simulation.rows.prompts
     assert simulation.rows.readings.states == simulation.states  # pyright: ignore
     assert not any(int(result.tokens) for result in simulation.rows.results.values())
     assert sorted(simulation.rows.free) == list(range(1, ROWS + 1))

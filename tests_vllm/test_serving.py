@@ -20,19 +20,23 @@ import pytest
 
 from moesteer import testbed
 from moesteer.direction import Direction
+from moesteer.directions.prompts import draw_sets, read_prompt_set
 from moesteer.engines.facts import facts_of_checkpoint
 from moesteer.engines.transformers_engine import load_transformers
 from moesteer.errors import MoesteerError
+from moesteer.gate import Gate
+from moesteer.gating.fitting import fit_gate
 from moesteer.profile import Profile
 from moesteer.serving.serve import read_admin_key, read_profiles, serve
 
 API_KEY, ADMIN_KEY = "an api key", "an-admin-key"
 QUESTION = "How do I clean a copper lantern?"
+CURSED = "How do I clean a cursed lantern?"
 ANSWER = "Wipe the lantern with warm water."
 REFUSAL = "I cannot help with that lantern."
 ENGINE = ("--dtype", "float32", "--max-model-len", "256", "--enforce-eager")
 ADMIN = "/v1/moesteer/profiles"
-NAMES = ("refuse", "answer", "moved")
+NAMES = ("refuse", "answer", "moved", "gated", "watched")
 VECTOR = tuple(random.Random(0).gauss(0, 1) for _ in range(128))
 MOVED = Profile(
     directions=(
@@ -69,9 +73,22 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Profile(deactivated=planted).save(folder / "answer.safetensors")
     Profile(activated=planted[:1], rule="paper").save(folder / "paper.safetensors")
     MOVED.save(folder / "moved.safetensors")
+    for name, gate in gates().items():
+        Profile(deactivated=planted, gate=gate).save(folder / f"{name}.safetensors")
     twin = facts_of_checkpoint("testbed-twin")
     Profile(activated=planted, model=twin).save(folder / "twin.safetensors")
     return folder
+
+
+def gates() -> dict[str, Gate]:
+    """Gates that restricted requests open, one of each kind."""
+    engine = load_transformers("testbed", dtype="float32")
+    a, b = (read_prompt_set(f"testbed:{task}") for task in ("restricted", "benign"))
+    sets = draw_sets(engine, a, b, fit=32, validate=32)
+    return {
+        "gated": fit_gate(engine, sets, by="routing", last=4),
+        "watched": fit_gate(engine, sets, by="direction"),
+    }
 
 
 def environment() -> dict[str, str]:
@@ -127,11 +144,13 @@ def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0)
 
 
-def chat(client: openai.OpenAI, model: str = "testbed", **options: Any) -> tuple[list[str], dict]:
+def chat(
+    client: openai.OpenAI, model: str = "testbed", asked: str = QUESTION, **options: Any
+) -> tuple[list[str], dict]:
     """Replies to the question, and what the headers say of the steering."""
     given: dict[str, Any] = {"temperature": 0, "max_tokens": 24} | options
     reply = client.chat.completions.with_raw_response.create(
-        model=model, messages=[{"role": "user", "content": QUESTION}], **given
+        model=model, messages=[{"role": "user", "content": asked}], **given
     )
     texts = [choice.message.content or "" for choice in reply.parse().choices]
     return texts, told(reply.headers)
@@ -151,7 +170,8 @@ def proof(files: Path, name: str, file: str | None = None) -> dict[str, str]:
 
 def test_models_are_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [
-        *("testbed", "testbed:refuse", "testbed:answer", "testbed:moved")
+        *("testbed", "testbed:refuse", "testbed:answer", "testbed:moved"),
+        *("testbed:gated", "testbed:watched"),
     ]
     assert client.models.retrieve("testbed:refuse").id == "testbed:refuse"
     with pytest.raises(openai.NotFoundError):
@@ -251,6 +271,73 @@ def test_many_at_once_get_their_own_profile(client: openai.OpenAI, files: Path) 
     assert replies == [expected[model] for model in models]
 
 
+# -- gates ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gated", "watched"])
+def test_a_gate_decides_on_each_request(client: openai.OpenAI, files: Path, name: str) -> None:
+    proved = proof(files, name) | {"gate": "open"}
+    shut = {key: proved[key] for key in ("profile", "fingerprint")} | {"gate": "shut"}
+    unsteered, _ = chat(client, asked=CURSED)
+    steered, headers = chat(client, f"testbed:{name}", CURSED)
+    assert headers == proved
+    assert unsteered == [REFUSAL]
+    assert steered == chat(client, "testbed:answer", CURSED)[0] != unsteered
+    # n, streams and limits are of the reply, not of the prompt
+    several = {"n": 2, "temperature": 0.2, "logprobs": True, "max_tokens": 3}
+    texts, headers = chat(client, f"testbed:{name}", CURSED, **several)
+    assert (len(texts), headers) == (2, proved)
+    assert chat(client, f"testbed:{name}") == ([ANSWER], shut)
+    asked = [QUESTION, CURSED, QUESTION, CURSED] * 6
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda text: chat(client, f"testbed:{name}", text), asked))
+    assert replies == [(steered, proved) if a == CURSED else ([ANSWER], shut) for a in asked]
+
+
+def test_a_gate_of_a_stream_and_of_every_endpoint(
+    client: openai.OpenAI, server: Server, files: Path
+) -> None:
+    proved = proof(files, "gated") | {"gate": "open"}
+    answer = chat(client, "testbed:answer", CURSED)[0][0]
+    with client.chat.completions.with_streaming_response.create(
+        model="testbed:gated",
+        messages=[{"role": "user", "content": CURSED}],
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    ) as reply:
+        assert told(reply.headers) == proved
+        chunks = [c.choices[0].delta.content or "" for c in reply.parse() if c.choices]
+    assert "".join(chunks) == answer
+    whole = client.responses.with_raw_response.create(
+        model="testbed:gated", input=CURSED, temperature=0
+    )
+    assert (whole.parse().output_text, told(whole.headers)) == (answer, proved)
+    messages = {"messages": [{"role": "user", "content": CURSED}], "max_tokens": 24}
+    other = server.post("/v1/messages", {"model": "testbed:gated", "temperature": 0, **messages})
+    assert (other.json()["content"][0]["text"], told(other.headers)) == (answer, proved)
+    plain = {"model": "testbed:gated", "max_tokens": 3}
+    ids = {"prompt": [5, 6, 7, 8, 9], "min_tokens": 2, "echo": True}
+    assert told(server.post("/v1/completions", plain | ids).headers)["gate"] == "shut"
+    several = server.post("/v1/completions", plain | {"prompt": ["The", "How"]})
+    assert several.status_code == 400
+    assert "asked about one prompt" in several.json()["error"]["message"]
+    # What vLLM says of a prompt that it refuses is handed on.
+    long = {"prompt": "How " * 500}
+    refused = [
+        server.post("/v1/completions", {**plain, **long, "model": f"testbed{name}"})
+        for name in ("", ":gated")
+    ]
+    assert [reply.status_code for reply in refused] == [400, 400]
+    assert refused[0].json()["error"]["message"] == refused[1].json()["error"]["message"]
+
+
+def test_a_gate_is_listed(server: Server, files: Path) -> None:
+    listed = server.admin("GET", "/watched").json()
+    assert listed["gate"].startswith("opens where the projection of what enters layer")
+    assert server.admin("GET", "/refuse").json()["gate"] is None
+
+
 def test_a_client_that_leaves_disturbs_nobody(client: openai.OpenAI, files: Path) -> None:
     for _ in range(4):
         stream = client.chat.completions.create(
@@ -271,10 +358,10 @@ def test_a_client_that_leaves_disturbs_nobody(client: openai.OpenAI, files: Path
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({"model": "testbed:nobody"}, "Loaded are: answer, moved, refuse"),
-        ({"moesteer": "x" * 100_000}, "Loaded are: answer, moved, refuse"),
-        ({"moesteer": "../../etc/passwd"}, "Loaded are: answer, moved, refuse"),
-        ({"moesteer": "refuse.safetensors"}, "Loaded are: answer, moved, refuse"),
+        ({"model": "testbed:nobody"}, "Loaded are: answer, gated, moved, refuse, watched"),
+        ({"moesteer": "x" * 100_000}, "Loaded are: answer, gated, moved, refuse, watched"),
+        ({"moesteer": "../../etc/passwd"}, "Loaded are: answer, gated, moved, refuse, watched"),
+        ({"moesteer": "refuse.safetensors"}, "Loaded are: answer, gated, moved, refuse, watched"),
         ({"model": "testbed:answer", "moesteer": "refuse"}, "two profiles"),
         ({"moesteer": {"fingerprint": "0" * 16, "key": "k", "count": None}}, "is an object"),
         ({"moesteer": [[1, 15]]}, "is a list"),
@@ -318,7 +405,7 @@ def test_without_the_admin_key_nothing_is_done(server: Server, files: Path) -> N
         assert server.admin("PUT", "/new", content, key=key).status_code == 401
         assert server.admin("DELETE", "/refuse", key=key).status_code == 401
     names = [entry["name"] for entry in server.admin("GET").json()["data"]]
-    assert names == ["refuse", "answer", "moved"]
+    assert names == list(NAMES)
 
 
 def test_what_does_not_fit_is_not_loaded(server: Server, files: Path) -> None:
@@ -334,7 +421,7 @@ def test_what_does_not_fit_is_not_loaded(server: Server, files: Path) -> None:
         assert "400 Bad Request" in reply
         assert said in reply
     names = [entry["name"] for entry in server.admin("GET").json()["data"]]
-    assert names == ["refuse", "answer", "moved"]
+    assert names == list(NAMES)
 
 
 def test_what_vllm_cannot_do_is_not_loaded(server: Server, tmp_path: Path) -> None:
@@ -350,7 +437,7 @@ def test_an_upload_that_breaks_off_loads_nothing(server: Server, files: Path) ->
     content = (files / "paper.safetensors").read_bytes()
     assert raw_put(server, f"{ADMIN}/half", content[:100], length=len(content)) == ""
     names = [entry["name"] for entry in server.admin("GET").json()["data"]]
-    assert names == ["refuse", "answer", "moved"]
+    assert names == list(NAMES)
 
 
 def raw_put(server: Server, path: str, content: bytes, length: int | None = None) -> str:

@@ -10,7 +10,7 @@ from moesteer.errors import MoesteerError
 from moesteer.generate import check_limits, check_steers, merged_options
 from moesteer.profile import Profile, check_model
 from moesteer.records import check_text
-from moesteer.report.terminal import evidence_lines
+from moesteer.report.terminal import evidence_lines, gate_lines
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine
@@ -65,7 +65,7 @@ class ChatSession:
         )
         answer = generated.replies[0]
         self.messages += [Message("user", text), Message("assistant", answer)]
-        return answer, evidence_lines(generated.evidence)
+        return answer, [*evidence_lines(generated.evidence), *gate_lines(generated.steered)]
 
     def _room(self, prompt: str) -> int:
         """Tokens that the context leaves for a reply; MoesteerError where it is full."""

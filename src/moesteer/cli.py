@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from moesteer.commands.auditing import audit
 from moesteer.commands.common import ModelOptions
 from moesteer.commands.comparing import detectors
 from moesteer.commands.directing import aim, direction
@@ -27,13 +28,20 @@ from moesteer.commands.finding import (
     show,
 )
 from moesteer.commands.finetuning import finetune
+from moesteer.commands.gating import gate
+from moesteer.commands.harnessing import lm_eval
 from moesteer.commands.judging import judge_check, tasks
 from moesteer.commands.looking import demo, doctor, testbed
+from moesteer.commands.planning import plan
+from moesteer.commands.playing import play
 from moesteer.commands.proving import evaluate, search
 from moesteer.commands.rationalising import compare, run
 from moesteer.commands.reporting import report
+from moesteer.commands.reproducing import expert_refusal, rationales, steermoe
 from moesteer.commands.running import chat, generate
 from moesteer.commands.serving import serve
+from moesteer.commands.sharing import pull, push
+from moesteer.commands.watching import watch_fit, watch_run
 from moesteer.commands.writing import writers
 
 if TYPE_CHECKING:
@@ -42,6 +50,7 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "doctor": doctor,
+    "plan": plan,
     "pairs refusal": pairs_refusal,
     "pairs document": pairs_document,
     "detect": detect,
@@ -52,19 +61,30 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "direction": direction,
     "aim": aim,
     "writers": writers,
+    "gate": gate,
     "show": show,
     "generate": generate,
     "chat": chat,
+    "play": play,
     "serve": serve,
+    "watch run": watch_run,
+    "watch fit": watch_fit,
+    "audit": audit,
     "tasks": tasks,
     "judge check": judge_check,
     "evaluate": evaluate,
+    "lm-eval": lm_eval,
     "search": search,
     "rationale run": run,
     "rationale compare": compare,
     "rationale finetune": finetune,
+    "reproduce steermoe": steermoe,
+    "reproduce expert-refusal": expert_refusal,
+    "reproduce rationales": rationales,
     "report": report,
     "export": export,
+    "push": push,
+    "pull": pull,
     "testbed": testbed,
 }
 
@@ -79,7 +99,7 @@ def overview() -> str:
         "",
     ]
     for name, command in COMMANDS.items():
-        lines.append(f"  {name:<20}{(command.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:<26}{(command.__doc__ or '').splitlines()[0]}")
     return "\n".join([*lines, "", "moesteer COMMAND --help says what a command takes."])
 
 
@@ -134,6 +154,8 @@ def parser() -> "App":
         "pairs": App(name="pairs", help="Make contrast pairs from your data."),
         "judge": App(name="judge", help="Judge the judges of a task."),
         "rationale": App(name="rationale", help="Words that a model names and words that it uses."),
+        "reproduce": App(name="reproduce", help="Walk a paper's road on your model."),
+        "watch": App(name="watch", help="Is a request routed as ordinary ones are?"),
     }
     for name, command in COMMANDS.items():
         group, _, inner = name.rpartition(" ")
@@ -166,9 +188,10 @@ def _run(tokens: list[str]) -> int:
     except MoesteerError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        with_out = {"generate", "detectors", "judge", "rationale"}
+        with_out = {"generate", "detectors", "judge", "rationale", "watch"}
+        always = {"audit", "detect", "evaluate", "lm-eval", "reproduce", "search", "writers"}
         goes_on = (
-            tokens[0] in {"detect", "evaluate", "search", "writers"}
+            tokens[0] in always
             or (tokens[0] in with_out and "--out" in tokens)
             or (tokens[0] == "direction" and "--experts" in tokens)
         )

@@ -106,10 +106,11 @@ def generate_to(
     batch_size: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
-) -> "list[LayerEvidence | DirectionEvidence]":
+) -> "tuple[list[LayerEvidence | DirectionEvidence], list[bool] | None]":
     """Write a JSON line a prompt: prompt, reply, profile, and what gives them again.
 
-    Returns the proof that the profile fired; MoesteerError where it would steer nothing.
+    Returns the proof that the profile fired, and whether each prompt opened its gate, None where it
+    has none; a line then says `steered`, too. MoesteerError where it would steer nothing.
 
     Without `out`, lines are printed as they come. With it, an interrupted run is taken up where it
     stopped, and the proof covers the prompts asked now. Prompts are asked in groups of `GROUP`
@@ -132,6 +133,7 @@ def generate_to(
     }
     group = GROUP * batch_size
     evidence: list[LayerEvidence | DirectionEvidence] = []
+    opened: list[bool] = []
     told = progress or (lambda done, total: None)
 
     def lines(start: int) -> list[str]:
@@ -145,15 +147,20 @@ def generate_to(
             seed=seed + start,
         )
         evidence.extend(generated.evidence)
+        steered = generated.steered
+        opened.extend(steered or ())
         told(min(start + group, len(prompts)), len(prompts))
         return [
             json.dumps(
                 {**prompt.beside, "prompt": prompt.messages[-1].content, "reply": reply}
                 | ({} if len(prompt.messages) == 1 else {"messages": _as_dicts(prompt.messages)})
-                | made,
+                | made
+                | ({} if steered is None else {"steered": steered[number]}),
                 ensure_ascii=False,
             )
-            for prompt, reply in zip(prompts[chosen], generated.replies, strict=True)
+            for number, (prompt, reply) in enumerate(
+                zip(prompts[chosen], generated.replies, strict=True)
+            )
         ]
 
     if out is None:
@@ -167,7 +174,8 @@ def generate_to(
             told(done, len(prompts))
             for start in range(done // group * group, len(prompts), group):
                 add(lines(start)[max(0, done - start) :])
-    return summed(evidence)
+    gated = profile is not None and profile.gate is not None
+    return summed(evidence), opened if gated else None
 
 
 def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:

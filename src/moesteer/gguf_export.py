@@ -17,7 +17,7 @@ import numpy as np
 from moesteer.direction import Direction
 from moesteer.errors import MoesteerError
 from moesteer.files import write_atomically
-from moesteer.profile import Profile
+from moesteer.profile import Profile, check_ungated
 
 LLAMA_CPP_NAMES = {
     "mixtral": "llama",
@@ -67,6 +67,7 @@ def export_gguf(profile: Profile, path: str | Path) -> list[int]:
 
 def control_vectors(profile: Profile) -> dict[int, np.ndarray]:
     """What to add [hidden] to the outputs of llama.cpp's blocks, by their numbers, ascending."""
+    check_ungated(profile, "a control vector of llama.cpp")
     if profile.steered_layers:
         raise MoesteerError(
             f"{profile.name} steers routers, which no control vector can; only added directions"

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from moesteer.direction import Candidates, Direction
 from moesteer.errors import MoesteerError, MoesteerWarning
+from moesteer.gate import DirectionProbe, Gate
 
 NORM_TOLERANCE = 1e-4
 """Relative; loading the same weights in another dtype changes a router's norm by about 1e-5."""
@@ -119,10 +120,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Profile:
-    """Experts to activate and deactivate, by which rule; directions to add or project out; and
-    where that comes from.
+    """Experts to activate and deactivate, by which rule; directions to add or project out; on
+    which requests; and where that comes from.
 
-    A profile made by hand needs no model and no evidence: `Profile(activated=((2, 5),))`.
+    With a `gate`, it steers those requests whose prompts open it, and no others. A profile made by
+    hand needs no model and no evidence: `Profile(activated=((2, 5),))`.
     """
 
     activated: tuple[Expert, ...] = ()
@@ -137,6 +139,7 @@ class Profile:
     scores: Scores | None = field(default=None, compare=False)
     candidates: Candidates | None = field(default=None, compare=False)
     name: str = "profile"
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         for what, value, known in (
@@ -160,6 +163,7 @@ class Profile:
         if self.model is not None:
             check_fits(self, self.model.layers)
             check_directions(self, self.model)
+            check_gate(self, self.model)
 
     def experts_of(self, layer: int) -> tuple[list[int], list[int]]:
         """Activated and deactivated expert indices of one layer."""
@@ -177,6 +181,11 @@ class Profile:
     def steers(self) -> bool:
         """Whether it does anything at all."""
         return bool(self.steered_layers or self.directions)
+
+    @property
+    def ungated(self) -> "Profile":
+        """The same without its gate: it steers every request. Itself where it has none."""
+        return self if self.gate is None else replace(self, gate=None)
 
     @property
     def lowest_layer(self) -> int | None:
@@ -199,6 +208,8 @@ class Profile:
         }
         if self.directions:
             does["directions"] = [asdict(direction) for direction in self.directions]
+        if self.gate is not None:
+            does["gate"] = self.gate.does
         return sha256(json.dumps(does).encode()).hexdigest()[:16]
 
     def made_by(self, command: str) -> "Profile":
@@ -211,7 +222,7 @@ class Profile:
     def reversed(self) -> "Profile":
         """The sign-reversed profile: activated and deactivated swapped, directions turned round.
 
-        MoesteerError where a direction is ablated.
+        A gate is kept. MoesteerError where a direction is ablated.
         """
         other: dict[str | None, Side | None] = {"a": "b", "b": "a", None: None}
         return replace(
@@ -317,6 +328,50 @@ def check_directions(profile: Profile, model: ModelFacts) -> None:
                 )
 
 
+def check_gate(profile: Profile, model: ModelFacts) -> None:
+    """Raise MoesteerError unless what the profile's gate reads is there in the model.
+
+    Nothing is compared where the model's own numbers are unknown.
+    """
+    if profile.gate is None:
+        return
+    probe = profile.gate.probe
+    if isinstance(probe, DirectionProbe):
+        if model.hidden and len(probe.vector) != model.hidden:
+            raise MoesteerError(
+                f"{profile.name}: its gate's vector has {len(probe.vector)} numbers, but the hidden"
+                f" states of {model.id} have {model.hidden}."
+            )
+        if probe.layer < 0 or (model.decoder_layers and probe.layer >= model.decoder_layers):
+            raise MoesteerError(
+                f"{profile.name}: its gate reads layer {probe.layer}, but {model.id} has layers"
+                f" 0–{model.decoder_layers - 1}."
+            )
+        return
+    experts = {shape.layer: shape.experts for shape in model.layers}
+    for layer, expert in probe.experts:
+        if not 0 <= expert < experts.get(layer, 0):
+            raise MoesteerError(
+                f"{profile.name}: its gate reads expert ({layer}, {expert}), which {model.id} does"
+                f" not have: layer {layer} has {experts.get(layer, 0)} experts."
+            )
+
+
+def check_ungated(profile: Profile | None, here: str = "code that runs the model itself") -> None:
+    """Raise MoesteerError for a profile with a gate `here`, in words, where none is asked.
+
+    Each place that puts a profile to use either asks its gate or refuses it here, so that none
+    steers what was to be left alone, or leaves alone what was to be steered.
+    """
+    if profile is not None and profile.gate is not None:
+        raise MoesteerError(
+            f"{profile.name} has a gate, which is asked about a whole prompt before anything is"
+            f" steered, and {here} does not ask it. Use generate, chat, evaluate or serve, or take"
+            " the profile without its gate (the file that it was put on; in Python:"
+            " profile.ungated)."
+        )
+
+
 def _check_ablations(profile: Profile) -> None:
     """Two lines can't be projected out at one place: the second would bring back the first."""
     sites = [
@@ -341,6 +396,7 @@ def check_model(profile: Profile, model: ModelFacts) -> None:
     """
     made_on = profile.model
     check_directions(profile, model)
+    check_gate(profile, model)
     if made_on is None:
         check_fits(profile, model.layers)
         return
@@ -404,7 +460,10 @@ def _check_weights(name: str, made_on: ModelFacts, model: ModelFacts) -> None:
 
 
 def combine(*profiles: Profile) -> Profile:
-    """One profile that does what all of them do; MoesteerError where they contradict."""
+    """One profile that does what all of them do; MoesteerError where they contradict.
+
+    A profile has one gate, so that all of them must have the same, or none.
+    """
     if not profiles:
         raise MoesteerError("there is nothing to combine: give at least one profile.")
     first, *others = profiles
@@ -424,6 +483,7 @@ def combine(*profiles: Profile) -> Profile:
                 f"{first.name} and {other.name} were made with different chat options:"
                 f" {first.chat_options} and {other.chat_options}."
             )
+        _check_same_gate(first, other)
         if other.model is not None:
             check_model(other, models[0])
     merge = dict.fromkeys
@@ -441,6 +501,17 @@ def combine(*profiles: Profile) -> Profile:
         candidates=None,
         name=" + ".join(p.name for p in profiles),
     )
+
+
+def _check_same_gate(one: Profile, other: Profile) -> None:
+    """Refuse to make one profile of two that steer on different requests."""
+    if one.gate != other.gate:
+        has = "another" if one.gate and other.gate else "one" if other.gate else "none"
+        raise MoesteerError(
+            f"{one.name} has {'a gate' if one.gate else 'no gate'} and {other.name} has {has}: they"
+            " steer on different requests and can't be one profile. Combine them without gates,"
+            " then put a gate on what comes of it (moesteer gate)."
+        )
 
 
 # -- words ---------------------------------------------------------------------------------------

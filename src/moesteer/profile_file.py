@@ -3,6 +3,9 @@
 One safetensors file that says what is done, how, where and on which model, so that a saved profile
 can't be applied in another way, at another place or to another model than it was made for. A file
 that says less, or contradicts itself, is refused.
+
+A gate is a key of the header that files without one lack: these are read as ever, also by versions
+that know no gates, which refuse a file with one by that key's name.
 """
 
 import json
@@ -16,11 +19,19 @@ import numpy as np
 from moesteer.direction import Candidates, Direction, Kind
 from moesteer.errors import MoesteerError
 from moesteer.files import write_atomically
+from moesteer.gate import DirectionProbe, Gate, RoutingProbe
 from moesteer.profile import ModelFacts, Profile, Scores
 
 SCHEMA = 3
 HEADER_KEY = "moesteer"
 DIRECTION_KEYS = {entry.name for entry in fields(Direction)}
+GATE_KEYS = {
+    "routing": {entry.name for entry in fields(RoutingProbe)} - {"weights"},
+    "direction": {entry.name for entry in fields(DirectionProbe)} - {"vector"},
+}
+"""What the header says of a gate's probe, beside kind, threshold and evidence."""
+GATE_NUMBERS = "gate.numbers"
+"""The tensor of a probe's weights, in the order of its experts, or of its vector."""
 
 
 def write(profile: Profile, path: Path) -> None:
@@ -55,6 +66,8 @@ def as_text(profile: Profile) -> str:
         ]
     vectors = [direction.vector for direction in profile.directions]
     header = {"schema": SCHEMA, **_as_json(profile), "scores": scores, "vectors": vectors}
+    if profile.gate is not None:
+        header["gate"] |= {"numbers": _numbers(profile.gate)}
     return json.dumps(header, ensure_ascii=False, indent=2)
 
 
@@ -66,8 +79,10 @@ def from_text(text: str, where: str | Path) -> Profile:
         arrays = _arrays_of(experts, header["model"]["layers"]) if experts else {}
         for number, vector in enumerate(header.pop("vectors")):
             arrays[f"directions.{number}"] = np.array(vector, dtype=np.float64)
+        if "gate" in header:
+            arrays[GATE_NUMBERS] = np.array(header["gate"].pop("numbers"), dtype=np.float64)
         header["candidates"] = None
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise MoesteerError(f"{where} holds no profile that can be read: {error!r}.") from None
     return replace(_parse(Path(where), header, arrays), name=name)
 
@@ -107,10 +122,12 @@ def _parse(path: Path, header: dict, arrays: Mapping[str, np.ndarray]) -> Profil
         )
     told = {key: header.pop(key, None) for key in ("operation", "hook_points")}
     known = {entry.name for entry in fields(Profile)} - {"scores"}
+    known -= {"gate"} - set(header)
     if wrong := sorted(known ^ set(header)):  # a default in its place would steer otherwise
         what = "unknown" if wrong[0] in header else "missing"
         raise MoesteerError(f"{path}: {wrong[0]} is {what} in the header; write the profile anew.")
     header["directions"] = _with_vectors(path, header["directions"], arrays)
+    header["gate"] = _gate(path, header.get("gate"), arrays)
     candidates = header.pop("candidates")
     try:
         profile = TypeAdapter(Profile).validate_json(json.dumps(header), strict=True)
@@ -196,6 +213,30 @@ def _with_vectors(path: Path, told: object, arrays: Mapping[str, np.ndarray]) ->
     return found
 
 
+def _gate(path: Path, told: object, arrays: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+    """The header's gate with its numbers, in the form of `Gate`; None where there is none."""
+    numbers = arrays.get(GATE_NUMBERS)
+    if told is None:
+        if numbers is not None:  # without its header, every request would be steered
+            raise MoesteerError(
+                f"{path} has {GATE_NUMBERS}, but its header says nothing of a gate."
+            )
+        return None
+    keys = GATE_KEYS.get(told["kind"]) if isinstance(told, dict) and "kind" in told else None
+    if not isinstance(told, dict) or keys is None:
+        raise MoesteerError(f"{path}: gate is of none of the kinds {' and '.join(GATE_KEYS)}.")
+    if numbers is None or numbers.ndim != 1:
+        raise MoesteerError(f"{path} lacks the tensor {GATE_NUMBERS} of its gate.")
+    if wrong := sorted((keys | {"kind", "threshold", "evidence"}) ^ set(told)):
+        what = "unknown" if wrong[0] in told else "missing"
+        raise MoesteerError(f"{path}: {wrong[0]} of gate is {what}; write the profile anew.")
+    if not np.isfinite(numbers).all():
+        raise MoesteerError(f"{path}: {GATE_NUMBERS} holds NaN or infinite values.")
+    name = "weights" if told["kind"] == "routing" else "vector"
+    probe = {key: told[key] for key in keys} | {name: numbers.tolist()}
+    return {"probe": probe, "threshold": told["threshold"], "evidence": told["evidence"]}
+
+
 WHERE = ("layer", "position", "expert")
 """Whole numbers that say where a candidate was read, and whose it is."""
 
@@ -279,8 +320,18 @@ def _does(profile: Profile) -> dict[str, object]:
 
 
 def _as_json(profile: Profile) -> dict:
-    header = asdict(replace(profile, scores=None, candidates=None, directions=()))
-    del header["scores"]
+    header = asdict(replace(profile, scores=None, candidates=None, directions=(), gate=None))
+    del header["scores"], header["gate"]
+    if profile.gate is not None:
+        gate = profile.gate
+        probe = {key: getattr(gate.probe, key) for key in sorted(GATE_KEYS[gate.kind])}
+        evidence = None if gate.evidence is None else asdict(gate.evidence)
+        header["gate"] = {
+            "kind": gate.kind,
+            **probe,
+            "threshold": gate.threshold,
+            "evidence": evidence,
+        }
     header["directions"] = [
         {
             "sites": direction.sites,
@@ -308,4 +359,11 @@ def _arrays(profile: Profile) -> dict[str, np.ndarray]:
                 arrays[f"candidates.{name}"] = value
         for name, value in profile.candidates.scores.items():
             arrays[f"candidates.scores.{name}"] = value
+    if profile.gate is not None:
+        arrays[GATE_NUMBERS] = np.array(_numbers(profile.gate), dtype=np.float64)
     return {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+
+
+def _numbers(gate: Gate) -> tuple[float, ...]:
+    probe = gate.probe
+    return probe.weights if isinstance(probe, RoutingProbe) else probe.vector

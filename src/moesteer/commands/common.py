@@ -1,11 +1,12 @@
 """What commands share: the options of a model, its loading, and the checks before work starts."""
 
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine
@@ -28,7 +29,15 @@ class ModelOptions:
     dtype
         auto, float32, bfloat16 or float16.
     device
-        Device map for loading in transformers: auto, cpu, cuda:0, …
+        Device map for loading in transformers: auto (all GPUs, then the CPU), cpu, cuda:0, …
+    max_memory
+        DEVICE=SIZE, e.g. 0=20GiB or cpu=60GiB: no more of the weights there. May be repeated.
+    offload
+        A folder for weights that no device has room for; they are read again in each pass.
+    tensor_parallel
+        Split each layer over so many processes of this machine, one a GPU (transformers).
+    expert_parallel
+        The same, each process holding whole experts.
     chat_template
         A file with a chat template, for models without one.
     chat_option
@@ -41,6 +50,10 @@ class ModelOptions:
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None
+    max_memory: list[str] | None = None
+    offload: str | None = None
+    tensor_parallel: int | None = None
+    expert_parallel: int | None = None
     chat_template: str | None = None
     chat_option: list[str] | None = None
 
@@ -66,8 +79,12 @@ def load_engine(
     template = options.chat_template
     read = None if template is None else read_text(Path(template))
     if options.engine == "vllm":
-        if options.device is not None:
-            raise MoesteerError("--device is for transformers; vLLM chooses its devices itself.")
+        for name in ("device", "max_memory", "offload", "tensor_parallel", "expert_parallel"):
+            if getattr(options, name) is not None:
+                raise MoesteerError(
+                    f"--{name.replace('_', '-')} is for transformers; vLLM places its weights by"
+                    " its own options, e.g. --engine-option tensor_parallel_size=2."
+                )
         given = parse_options(
             options.engine_option or [], "engine option", "tensor_parallel_size=2"
         )
@@ -80,14 +97,39 @@ def load_engine(
 
     if not sys.stderr.isatty():
         disable_progress_bar()
-    return load_transformers(
-        model,
-        revision=options.revision,
-        dtype=options.dtype,
-        device_map=options.device,
-        chat_template=read,
-        dense=dense,
-    )
+    given: dict[str, Any] = {
+        "revision": options.revision,
+        "dtype": options.dtype,
+        "device_map": options.device,
+        "max_memory": _limits(options.max_memory or []),
+        "offload_folder": options.offload,
+        "chat_template": read,
+        "dense": dense,
+    }
+    tensor, expert = options.tensor_parallel, options.expert_parallel
+    if tensor is None and expert is None:
+        return load_transformers(model, **given)
+    if tensor is not None and expert is not None:
+        raise MoesteerError("give --tensor-parallel or --expert-parallel, not both.")
+    from moesteer.engines.led import load_split
+
+    if expert is not None:
+        return load_split(model, "expert", expert, **given)
+    assert tensor is not None
+    return load_split(model, "tensor", tensor, **given)
+
+
+def _limits(texts: list[str]) -> dict[int | str, str]:
+    """DEVICE=SIZE texts by device: a GPU's number, or a name."""
+    from moesteer.errors import MoesteerError
+
+    found: dict[int | str, str] = {}
+    for text in texts:
+        device, _, size = text.partition("=")
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)? ?[KMGT]i?B", size) or not device:
+            raise MoesteerError(f"--max-memory {text} is not DEVICE=SIZE, as 0=20GiB is.")
+        found[int(device) if device.isdigit() else device] = size.replace(" ", "")
+    return found
 
 
 def _load_vllm(

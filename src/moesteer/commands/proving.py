@@ -72,7 +72,7 @@ def evaluate(
     from moesteer.report.terminal import print_text
 
     cards = [read_card(name) for name in tasks]
-    files = dict(_parted(text, "=", "TASK=FILE") for text in data or [])
+    files = dict(parted(text, "=", "TASK=FILE") for text in data or [])
     profile = load_profile(with_)
     assert profile is not None
     chat_options = parse_chat_options(options.chat_option or [])
@@ -188,8 +188,8 @@ def search(
     from moesteer.report.terminal import print_text
 
     _refuse_mixed(locals())
-    card, kept = _target(target), _prices(prices or [])
-    files = dict(_parted(text, "=", "TASK=FILE") for text in data or [])
+    card, kept = target_card(target), _prices(prices or [])
+    files = dict(parted(text, "=", "TASK=FILE") for text in data or [])
     chat_options = parse_chat_options(options.chat_option or [])
     if directions is not None:
         more = {"max_kl": max_kl, "budget": budget, "others": others}
@@ -288,7 +288,7 @@ def _search_directions(
     print_text(f"written: {settings['out']}")
 
 
-def _target(text: str) -> "Card":
+def target_card(text: str) -> "Card":
     """TASK or TASK=OUTCOME as a card with that outcome, whatever its role is elsewhere."""
     from dataclasses import replace
 
@@ -314,7 +314,7 @@ def _prices(texts: list[str]) -> "list[tuple[Card, float]]":
 
     found = []
     for text in texts:
-        name, least = _parted(text, ">=", "TASK>=SHARE")
+        name, least = parted(text, ">=", "TASK>=SHARE")
         try:
             share = float(least)
         except ValueError:
@@ -367,7 +367,7 @@ def _rankings(
     return detected
 
 
-def _parted(text: str, sign: str, form: str) -> tuple[str, str]:
+def parted(text: str, sign: str, form: str) -> tuple[str, str]:
     """Both sides of the sign; MoesteerError where one is missing."""
     from moesteer.errors import MoesteerError
 

@@ -7,8 +7,8 @@ def report(*runs: str, out: str, show_replies: bool = False) -> None:
     Parameters
     ----------
     runs
-        Folders of evaluate, search, detectors, writers and judge check, and profiles; all of one
-        model.
+        Folders of evaluate, search, audit, detectors, writers, rationale and judge check, and
+        profiles; all of one model.
     out
         The HTML file to write; the Markdown file is beside it, of the same name.
     show_replies

@@ -47,7 +47,7 @@ def generate(
     """
     from moesteer.generate import check_limits, generate_to, read_prompts
     from moesteer.report.progress import counted_progress
-    from moesteer.report.terminal import evidence_lines
+    from moesteer.report.terminal import evidence_lines, gate_lines
 
     if out is not None:
         check_out(out, file, with_)
@@ -56,7 +56,7 @@ def generate(
     profile = load_profile(with_)
     engine = load_engine(model, options, profile, dense=bool(profile and profile.directions))
     with counted_progress("generate", "prompts") as progress:
-        evidence = generate_to(
+        evidence, opened = generate_to(
             out,
             engine,
             asked,
@@ -68,7 +68,7 @@ def generate(
             seed=seed,
             progress=progress,
         )
-    for line in evidence_lines(evidence):
+    for line in [*evidence_lines(evidence), *gate_lines(opened)]:
         print(line, file=sys.stderr)
 
 

@@ -9,6 +9,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     admin_key_file: str | None = None,
+    watch: str | None = None,
 ) -> None:
     """Serve a model through vLLM to OpenAI clients; each request may name a profile.
 
@@ -27,6 +28,10 @@ def serve(
     admin_key_file
         A file with the key that loads and removes profiles while the server runs. Without it, the
         environment's MOESTEER_ADMIN_KEY; without either, nobody can.
+    watch
+        What `moesteer watch fit` wrote: each reply says in its headers, and /metrics of all, how
+        far the request's routing is from ordinary. Prompts are then never read from the prefix
+        cache.
     """
     from moesteer.serving.serve import serve as start
 
@@ -37,4 +42,5 @@ def serve(
         host=host,
         port=port,
         admin_key_file=admin_key_file,
+        watch=watch,
     )

@@ -53,13 +53,37 @@ def count_routing(
     identity: str = "",
     progress: Progress | None = None,
 ) -> RoutingCounts:
-    """Count routing on the target tokens of all pairs, in batches of similar length.
+    """Count routing on the target tokens of all pairs: see `count_conversations`."""
+    conversations = [side for pair in pairs for side in (pair.a, pair.b)]
+    selected = count_conversations(
+        engine,
+        conversations,
+        counted,
+        checkpoint=checkpoint,
+        identity=identity,
+        progress=progress,
+    )
+    tokens = np.array([sum(c.target) for c in conversations], dtype=np.int64)
+    return RoutingCounts(
+        selected.reshape(len(pairs), 2, *selected.shape[1:]), tokens.reshape(-1, 2)
+    )
+
+
+def count_conversations(
+    engine: "Engine",
+    conversations: "Sequence[TokenisedConversation]",
+    counted: "Counted" = "top-k",
+    *,
+    checkpoint: Path | None = None,
+    identity: str = "",
+    progress: Progress | None = None,
+) -> Num[np.ndarray, "conversation layer expert"]:
+    """Count routing on the target tokens of each conversation, in batches of similar length.
 
     With a `checkpoint` file the counts are saved every half minute and on Ctrl-C, taken up from
     there if that file is of the same `identity` (a text that says what is counted), and the file is
     left for the caller to remove.
     """
-    conversations = [side for pair in pairs for side in (pair.a, pair.b)]
     state = _resume(checkpoint, identity) or _State.new(engine, len(conversations), counted)
     lengths = [len(conversation.ids) for conversation in conversations]
     total, read = sum(lengths), sum(n for n, done in zip(lengths, state.done, strict=True) if done)
@@ -85,10 +109,7 @@ def count_routing(
             state.save(checkpoint, identity)
         raise
     _check_conserved(engine, conversations, state.selected, counted)
-    tokens = np.array([sum(c.target) for c in conversations], dtype=np.int64)
-    return RoutingCounts(
-        state.selected.reshape(len(pairs), 2, *state.selected.shape[1:]), tokens.reshape(-1, 2)
-    )
+    return state.selected
 
 
 def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -59,7 +59,7 @@ def _decision(pair: TokenisedPair) -> Readout:
     if parting == shorter:
         raise MoesteerError(
             f"{pair.source}: one side's tokens are the beginning of the other's, so they part in no"
-            f" token. {_REMEDY}"
+            f" token. {REMEDY}"
         )
     # Where one reply is the beginning of the other, it ends there: with a token of the template.
     chosen = a.target[parting] or b.target[parting]
@@ -67,13 +67,13 @@ def _decision(pair: TokenisedPair) -> Readout:
         raise MoesteerError(
             f"{pair.source}: the sides part at token {parting + 1}, before their targets begin (at"
             f" {_first(a) + 1} in A and {_first(b) + 1} in B): no common context comes before a"
-            f" decision. {_REMEDY}"
+            f" decision. {REMEDY}"
         )
     terms = (Term(parting, a.ids[parting], 1.0), Term(parting, b.ids[parting], -1.0))
     return Readout(a.ids[:parting], terms)
 
 
-_REMEDY = "Compare the probabilities of the whole targets instead: --over span."
+REMEDY = "Compare the probabilities of the whole targets instead: --over span."
 
 
 def _first(side: TokenisedConversation) -> int:

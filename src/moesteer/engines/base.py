@@ -24,10 +24,15 @@ how probable it is (softmax of the router's logits over all experts, whatever th
 
 @dataclass(frozen=True)
 class Generation:
-    """Replies in the order of their prompts, and what the profiles did on the way."""
+    """Replies in the order of their prompts, and what the profiles did on the way.
+
+    `steered` says of each prompt whether a profile steered it; None where no profile has a gate,
+    and so each did.
+    """
 
     replies: list[str]
     evidence: "list[LayerEvidence | DirectionEvidence]"
+    steered: list[bool] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +98,8 @@ class Engine(Protocol):
     ) -> Generation:
         """Replies to rendered prompts, steered by one profile, or each prompt by its own.
 
-        Temperature 0 is greedy. Raises DidNotFire where a profile is not proved to have steered.
+        Temperature 0 is greedy. A profile with a gate steers the prompts that open it. Raises
+        DidNotFire where a profile is not proved to have steered.
         """
         ...
 
@@ -106,7 +112,8 @@ class Engine(Protocol):
     ) -> "Float[np.ndarray, 'profile readout']":
         """Each readout's value, in nats, under each profile (None: unsteered).
 
-        Log-probabilities are computed in fp32; a readout without terms is 0.
+        Log-probabilities are computed in fp32; a readout without terms is 0. Of a text under a
+        profile with a gate, what stands before its first term is the prompt that opens it, or not.
         `progress` is called with how many (profile, readout) pairs were read since the last call.
         Raises DidNotFire where a profile is not proved to have steered.
         """
@@ -130,7 +137,8 @@ class Engine(Protocol):
         """Mean KL(unsteered ‖ steered) in nats of the distributions that predict target tokens.
 
         A text's very first token is predicted by nothing and left out; MoesteerError where no other
-        is in the target.
+        is in the target. What stands before it is the prompt that opens the profile's gate, or not;
+        0 where it does not.
         """
         ...
 
@@ -141,6 +149,16 @@ class Engine(Protocol):
 
         Positions in the order of the text. One batch, one forward pass without the LM head. Raises
         MoesteerError where a text is shorter than that.
+        """
+        ...
+
+    def project(
+        self, texts: Sequence[Sequence[int]], layer: int, position: int, vector: Sequence[float]
+    ) -> "Float[np.ndarray, ' text']":
+        """How far what enters a decoder layer lies along a vector at one token of each text.
+
+        `position` is counted from the text's end, −1 being its last token. One batch, in fp32.
+        Raises MoesteerError for a shorter text, a layer that there is not, or another width.
         """
         ...
 

@@ -8,9 +8,11 @@ traced without weights, and from the files of the checkpoint, read a parameter a
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesteer.engines.checkpoint import (
@@ -56,11 +58,22 @@ def facts_of_model(
     id: str,
     revision: str | None = None,
 ) -> ModelFacts:
-    """The facts of a loaded model; without norms where its weights are offloaded."""
+    """The facts of a loaded model.
+
+    Weights that are offloaded are read from the files it was loaded from; without safetensors files
+    there are no norms. Of a model that is split over processes, all of them must ask.
+    """
+    stored = cache(lambda: StoredWeights(model, weight_files(str(model.name_or_path), revision)))
 
     def weights(module: str) -> Iterable[tuple[str, Tensor | None]]:
+        offloaded: set[str] = set()
         for name, weight in model.get_submodule(module).named_parameters(prefix=module):
-            yield name, None if weight.is_meta else weight.detach()
+            if weight.is_meta:
+                offloaded.add(name)
+            else:
+                yield name, weight.detach()
+        if offloaded:
+            yield from ((n, weight) for n, weight in stored().under(module) if n in offloaded)
 
     return _facts(model, tokenizer, layers, weights, id, revision)
 
@@ -173,6 +186,8 @@ def _squares(
 
 def _router_square(weight: Tensor) -> float:
     """Rows are weighted from 1 to 2 along the experts."""
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
     squares = weight.double().cpu().square()
     if weight.dim() < 2:
         return float(squares.sum())
@@ -183,6 +198,8 @@ def _router_square(weight: Tensor) -> float:
 def _rest_square(weight: Tensor) -> float:
     """Of tensors that stack all experts only the first counts: enough to tell, and quick."""
     part = weight[0] if weight.dim() > 2 else weight
+    if isinstance(part, DTensor):  # a share of it lies in each process
+        part = part.full_tensor()
     pieces = part.flatten().split(PIECE)
     return sum(float(piece.double().square().sum()) for piece in pieces)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from moesteer.errors import MoesteerError
-from moesteer.profile import Profile
+from moesteer.profile import ModelFacts, Profile
 
 
 def one_each(
@@ -29,3 +29,30 @@ def check_lengths(
                 f"prompt {number} has {len(ids)} tokens; with {max_new_tokens} new ones that is"
                 f" over the model's context of {longest}. Shorten it, or ask for fewer."
             )
+
+
+def check_projection(
+    texts: Sequence[Sequence[int]],
+    layer: int,
+    position: int,
+    vector: Sequence[float],
+    facts: ModelFacts,
+) -> None:
+    """Raise MoesteerError, with its number, at the first text without a token at this position; for
+    a layer that the model does not have; and for a vector that is not as wide as its stream."""
+    if position > -1:
+        raise MoesteerError(f"position {position} is not counted from the end; −1 is the last.")
+    for number, ids in enumerate(texts, start=1):
+        if len(ids) < -position:
+            raise MoesteerError(
+                f"text {number} has {len(ids)} tokens, and none at position {position}."
+            )
+    if not 0 <= layer < facts.decoder_layers:
+        raise MoesteerError(
+            f"{facts.id} has no layer {layer}; it has layers 0–{facts.decoder_layers - 1}."
+        )
+    if len(vector) != facts.hidden:
+        raise MoesteerError(
+            f"a vector has {len(vector)} numbers, but the hidden states of {facts.id} have"
+            f" {facts.hidden}."
+        )

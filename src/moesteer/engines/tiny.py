@@ -145,7 +145,7 @@ _CAPS: dict[str, int] = {
 }
 
 _GROUP_COUNTS = ("n_group", "num_expert_group")
-_LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers")
+LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers")
 # Fields that count the layers of another kind at the start
 _PREFIXES = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 # Fields that list layers by number, and the number of the first layer
@@ -439,7 +439,7 @@ def _shorten(old: dict[str, Any], new: dict[str, Any], layers: int) -> dict[str,
         short["num_attention_heads_per_layer"] = [new["num_attention_heads"]] * len(kept)
     if old.get("moe_layer_end_index"):
         short["moe_layer_end_index"] = min(old["moe_layer_end_index"], len(kept) - 1)
-    return short | {name: len(kept) for name in _LAYER_COUNTS if name in old}
+    return short | {name: len(kept) for name in LAYER_COUNTS if name in old}
 
 
 def _two_of_each_kind(kinds: list[str]) -> list[int]:

@@ -1,6 +1,6 @@
 """The transformers engine: any MoE causal LM that `AutoModelForCausalLM` can load."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ from moesteer.engines.checkpoint import (
 )
 from moesteer.engines.evidence import DirectionEvidence, LayerEvidence, summed
 from moesteer.engines.facts import facts_of_model
-from moesteer.engines.prompts import check_lengths, one_each
+from moesteer.engines.prompts import check_lengths, check_projection, one_each
 from moesteer.engines.readouts import Readout, check_readouts, mean_log_probability
 from moesteer.engines.transformers.adapters import load_adapter, require_peft
 from moesteer.engines.transformers.attention_maps import attention_maps
@@ -48,11 +48,23 @@ from moesteer.engines.transformers.seam import (
     observe_logits,
 )
 from moesteer.engines.transformers.selections import weigh_selections
+from moesteer.engines.transformers.splitting import (
+    Split,
+    check_whole,
+    distributed_config,
+    processes_of,
+)
 from moesteer.engines.transformers.steering import UNSTEERED, checked_layers, steer
 from moesteer.engines.transformers.stream import Stream, find_stream
 from moesteer.engines.transformers.token_gradients import Subject, token_gradients
 from moesteer.errors import MoesteerError
-from moesteer.profile import Profile, check_model
+from moesteer.gating.opening import (
+    behind_gates,
+    divergence_behind_gate,
+    has_gate,
+    read_behind_gates,
+)
+from moesteer.profile import Profile, check_model, check_ungated
 from moesteer.records import first_line
 
 
@@ -124,6 +136,7 @@ class TransformersEngine:
             check_model(profile, self.facts)
         encoded = [self.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
         check_lengths(encoded, max_new_tokens, self.max_tokens)
+        by_prompt, steered = behind_gates(self, encoded, by_prompt, batch_size)
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         replies = [""] * len(prompts)
         evidence: list[LayerEvidence | DirectionEvidence] = []
@@ -141,7 +154,7 @@ class TransformersEngine:
             evidence += seen
             if progress is not None:
                 progress(len(chosen))
-        return Generation(replies, summed(evidence))
+        return Generation(replies, summed(evidence), steered)
 
     def read(
         self,
@@ -152,6 +165,8 @@ class TransformersEngine:
     ) -> Float[np.ndarray, "profile readout"]:
         """See `Engine.read`."""
         self._check(readouts, profiles)
+        if has_gate(profiles):
+            return read_behind_gates(self, readouts, profiles, progress)
         stream = self._stream_for(profiles)
         return read(self.model, self.layers, stream, self._replay, readouts, profiles, progress)
 
@@ -169,6 +184,8 @@ class TransformersEngine:
         """See `Engine.divergence`."""
         texts = [mean_log_probability(conversation) for conversation in conversations]
         self._check(texts, [profile])
+        if profile.gate is not None:
+            return divergence_behind_gate(self, conversations, texts, profile)
         stream = self._stream_for([profile])
         return divergence(self.model, self.layers, stream, self._replay, texts, profile)
 
@@ -181,6 +198,18 @@ class TransformersEngine:
         with entering(self.stream.decoder, places) as found:
             self.model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
         return torch.stack([layer.cpu() for layer in found], dim=1).numpy()
+
+    @torch.inference_mode()
+    def project(
+        self, texts: Sequence[Sequence[int]], layer: int, position: int, vector: Sequence[float]
+    ) -> Float[np.ndarray, " text"]:
+        """See `Engine.project`."""
+        check_projection(texts, layer, position, vector, self.facts)
+        ids, attention, places = last_tokens(texts, -position, input_device(self.model))
+        with entering(self.stream.decoder[layer : layer + 1], places[:, :1]) as found:
+            self.model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
+        line = torch.tensor(vector, dtype=torch.float32)
+        return (found[0][:, 0].cpu() @ line).numpy()
 
     def forced_outputs(
         self, texts: Sequence[Sequence[int]], layer: int, last: int
@@ -250,6 +279,8 @@ class TransformersEngine:
         return weigh_selections(self._subject(profile), texts, table)
 
     def _subject(self, profile: Profile | None, checkpointing: bool = False) -> Subject:
+        check_ungated(profile)
+        check_whole(self.model, "rationales")
         stream = self._stream_for([profile])
         return Subject(self.model, self.layers, stream, profile, checkpointing)
 
@@ -322,10 +353,18 @@ def load_transformers(
     revision: str | None = None,
     dtype: str = "auto",
     device_map: str | None = None,
+    max_memory: Mapping[Any, str] | None = None,
+    offload_folder: str | None = None,
+    split: Split | None = None,
     chat_template: str | None = None,
     dense: bool = False,
 ) -> TransformersEngine:
     """Load a model by its name on the Hub, a folder, or `testbed`.
+
+    `max_memory` says how much of the weights each device may hold at most ("20GiB" of GPU 0, or of
+    "cpu"), `offload_folder` where those go that no device has room for. With `split` the model is
+    split over the processes that torchrun started, each of which must call this and then the same
+    methods.
 
     It is built from its config without weights first, so that a model that can't be steered is
     refused before anything large is loaded; a dense one too, unless `dense` says that directions
@@ -342,15 +381,50 @@ def load_transformers(
     if not (dense and is_dense(outline)):
         find_routers(outline)
     tokenizer = read_tokenizer(folder, named, chat_template)
+    if split and adapter is not None:
+        raise MoesteerError(f"{model} holds an adapter, which can't be split over processes.")
+    placed = _placed(device_map, max_memory, offload_folder, split)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=dtype, device_map=device_map or _default_device()
+            path, revision=revision, dtype=dtype, **placed
         )
     except Exception as error:
-        raise MoesteerError(f"{model} can't be loaded: {first_line(error)}") from error
+        missing = "`offload_folder`" in str(error)
+        more = " On the command line: --offload FOLDER." if missing else ""
+        raise MoesteerError(f"{model} can't be loaded: {first_line(error)}{more}") from error
     if adapter is not None:
         load_adapter(loaded, folder)
-    return TransformersEngine(loaded, tokenizer, id=model, revision=revision or commit_of(path))
+    try:
+        return TransformersEngine(loaded, tokenizer, id=model, revision=revision or commit_of(path))
+    except (RuntimeError, ValueError) as error:
+        if not split:
+            raise
+        raise MoesteerError(
+            f"{describe(loaded)} does not run split over {processes_of(loaded)} processes; heads"
+            f" and experts must share out evenly: {first_line(error)}"
+        ) from error
+
+
+def _placed(
+    device_map: str | None,
+    max_memory: Mapping[Any, str] | None,
+    offload_folder: str | None,
+    split: Split | None,
+) -> dict[str, Any]:
+    """Where the weights go, as `from_pretrained` is told it."""
+    limits: dict[str, Any] = {}
+    if max_memory:
+        limits["max_memory"] = dict(max_memory)
+    if offload_folder:
+        limits["offload_folder"] = offload_folder
+    if not split:
+        return {"device_map": device_map or ("auto" if limits else _default_device()), **limits}
+    if device_map or limits:
+        raise MoesteerError(
+            "a split model has one place in each process: give neither a device with it, nor the"
+            " most memory, nor a folder to offload to."
+        )
+    return {"distributed_config": distributed_config(split)}
 
 
 def _default_device() -> str | None:

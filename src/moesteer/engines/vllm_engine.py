@@ -19,14 +19,14 @@ from moesteer.engines.base import Contributions, Counted, Generation, TokenGradi
 from moesteer.engines.checkpoint import read_tokenizer, resolve
 from moesteer.engines.evidence import DirectionEvidence, LayerEvidence, check_fired
 from moesteer.engines.facts import facts_of_checkpoint
-from moesteer.engines.prompts import check_lengths, one_each
+from moesteer.engines.prompts import check_lengths, check_projection, one_each
 from moesteer.engines.readouts import (
     Readout,
     check_readouts,
     mean_log_probability,
     reaching,
 )
-from moesteer.engines.vllm import names_of, send_profile
+from moesteer.engines.vllm import names_of, send, send_profile
 from moesteer.engines.vllm.collected import (
     Moves,
     check_described,
@@ -35,12 +35,21 @@ from moesteer.engines.vllm.collected import (
     layers_of,
     merged,
     plus,
+    score_of,
 )
 from moesteer.engines.vllm.directions import room_for
 from moesteer.engines.vllm.names import COUNT, EVIDENCE_KEY, KEEP
+from moesteer.engines.vllm.payload import payload_of_probe
 from moesteer.engines.vllm.rows import KEPT_RESULTS
 from moesteer.engines.vllm.settings import KEY, with_room
 from moesteer.errors import DidNotFire, MoesteerError
+from moesteer.gate import DirectionProbe
+from moesteer.gating.opening import (
+    behind_gates,
+    divergence_behind_gate,
+    has_gate,
+    read_behind_gates,
+)
 from moesteer.profile import ModelFacts, Profile, check_model
 from moesteer.records import first_line
 
@@ -118,11 +127,12 @@ class VllmEngine:
         from vllm import SamplingParams
 
         by_prompt = one_each(profiles, len(prompts))
-        distinct = {id(p): p for p in by_prompt if p is not None and p.steers}
         for profile in {id(p): p for p in by_prompt if p is not None}.values():
             check_model(profile, self.facts)
         encoded = [self.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
         check_lengths(encoded, max_new_tokens, self.max_tokens)
+        by_prompt, steered = behind_gates(self, encoded, by_prompt, KEPT_RESULTS)
+        distinct = {id(p): p for p in by_prompt if p is not None and p.steers}
         asked = self._asked(distinct)
         params = [
             SamplingParams(
@@ -140,7 +150,7 @@ class VllmEngine:
             for output in outputs
         ]
         evidence = self._evidence(distinct, asked)
-        return Generation(replies, evidence)
+        return Generation(replies, evidence, steered)
 
     def read(
         self,
@@ -151,6 +161,8 @@ class VllmEngine:
     ) -> Float[np.ndarray, "profile readout"]:
         """See `Engine.read`. Each text is a request of one prefill under each profile."""
         self._check(readouts, profiles)
+        if has_gate(profiles):
+            return read_behind_gates(self, readouts, profiles, progress)
         values = np.zeros((len(profiles), len(readouts)))
         waiting = [number for number, readout in enumerate(readouts) if readout.terms]
         for row, profile in enumerate(profiles):
@@ -182,6 +194,8 @@ class VllmEngine:
         """See `Engine.divergence`."""
         texts = [mean_log_probability(conversation) for conversation in conversations]
         self._check(texts, [profile])
+        if profile.gate is not None:
+            return divergence_behind_gate(self, conversations, texts, profile)
         before, after = self._kept(texts, None), self._kept(texts, _reaching(profile, texts))
         asked = [
             (p, q, term.position)
@@ -198,6 +212,36 @@ class VllmEngine:
     ) -> Float[np.ndarray, "text layer position hidden"]:
         """Not to be had from vLLM: raises MoesteerError."""
         raise _inside("what enters each layer")
+
+    def project(
+        self, texts: Sequence[Sequence[int]], layer: int, position: int, vector: Sequence[float]
+    ) -> Float[np.ndarray, " text"]:
+        """See `Engine.project`. Each text is a request of one prefill."""
+        check_projection(texts, layer, position, vector, self.facts)
+        length = float(np.linalg.norm(vector))
+        if not length:
+            return np.zeros(len(texts))
+        probe = DirectionProbe(layer, position, tuple(number / length for number in vector))
+        payload = payload_of_probe(probe)
+        name = payload["fingerprint"]
+        if name not in self._loaded:
+            send(self.llm, payload)
+            self._names.add_probe(name, probe)
+            self._loaded.add(name)
+        call = next(self._calls)
+        keys = [f"project-{call}-{number}" for number in range(len(texts))]
+        found: list[float] = []
+        for start in range(0, len(texts), KEPT_RESULTS):
+            part = slice(start, start + KEPT_RESULTS)
+            asked = [{KEY: name, EVIDENCE_KEY: key} for key in keys[part]]
+            self._prefill(texts[part], asked)
+            by_worker = self.llm.collective_rpc("moesteer_collect", args=(keys[part],))
+            for number, key in enumerate(keys[part], start=start + 1):
+                along = score_of(probe, by_worker, key)
+                if along is None:
+                    raise MoesteerError(f"vLLM did not read layer {layer} of text {number}.")
+                found.append(length * along)
+        return np.array(found)
 
     def forced_outputs(
         self, texts: Sequence[Sequence[int]], layer: int, last: int

@@ -34,6 +34,8 @@ LEVEL = 0.95
 RESAMPLES = 10_000
 
 UNSTEERED, STEERED = "unsteered", "steered"
+UNGATED = "ungated"
+"""The arm of a profile whose gate was taken off: what it does to every request."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class ArmFacts:
     """What an arm steers, as (layer, expert), and that it did: `tokens` ran under it.
 
     `obeyed`: every token selected each activated expert and no deactivated one, and the stream
-    moved as far along each direction as it should. `directions` say what each does, in words,
+    moved as far along each direction as it should; also where no prompt opened the arm's gate, and
+    no token ran under it. `directions` say what each does, in words,
     `note` what the arm could not do as it should.
     """
 
@@ -125,6 +128,19 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class Gated:
+    """Of a profile with a gate: `opened` of a task's `prompts` opened it and were steered in `arm`,
+    with Wilson's interval. The others were left alone."""
+
+    task: str
+    arm: str
+    opened: int
+    prompts: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A profile beside its controls: everything that `summary.json` holds."""
 
@@ -138,6 +154,7 @@ class Comparison:
     differences: tuple[Difference, ...]
     drifts: tuple[Drift, ...] = ()
     notes: tuple[str, ...] = ()
+    gates: tuple[Gated, ...] = ()
 
     def share(self, task: str, arm: str) -> Share:
         """The share of one task in one arm; KeyError where there is none."""

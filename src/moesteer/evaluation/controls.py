@@ -10,9 +10,11 @@ about the experts and directions that were chosen.
     other experts   of directions weighted by experts: others of the layer, see direction_controls
     reversed        the same, the other way round: this one should matter; an ablation has none
     shuffled        the detector's scores dealt to random experts, for a search to choose from
+    ungated         of a profile with a gate: the same on every request. No control, but the price
+                    that the gate saves
 
 Where a profile holds both, both are replaced at once: directions by random ones wherever it is not
-said how.
+said how. A gate stays as it is: controls steer the same requests.
 
 Random and matched experts are drawn among those that are *not* steered: they ask whether others do
 as well. If the choice was no better than chance, chosen and drawn ones are still alike, so nothing
@@ -30,7 +32,7 @@ import numpy as np
 from moesteer.detection.selecting import experts_table, ranked_experts, scores_by_expert
 from moesteer.direction import Direction
 from moesteer.errors import MoesteerError
-from moesteer.evaluation.comparison import STEERED, UNSTEERED
+from moesteer.evaluation.comparison import STEERED, UNGATED, UNSTEERED
 from moesteer.evaluation.direction_controls import directions_of_others, random_directions
 from moesteer.profile import Expert, LayerShape, Profile, Side, check_fits
 
@@ -115,9 +117,9 @@ def bottom_ranked(profile: Profile, layers: tuple[LayerShape, ...]) -> Profile:
     _check_scores(profile)
     steered = {*profile.activated, *profile.deactivated}
     waiting = [expert for expert in reversed(ranked_experts(profile)) if expert not in steered]
-    activated = _that_fit(waiting, layers, _room_up, len(profile.activated))
+    activated = that_fit(waiting, layers, room_up, len(profile.activated))
     waiting = [expert for expert in waiting if expert not in activated]
-    deactivated = _that_fit(waiting, layers, _room_down, len(profile.deactivated))
+    deactivated = that_fit(waiting, layers, room_down, len(profile.deactivated))
     if len(activated) + len(deactivated) < len(steered):
         raise MoesteerError(
             f"{profile.name} steers {len(steered)} experts, which leaves too few others for a"
@@ -137,8 +139,8 @@ def reversed_control(profile: Profile, layers: tuple[LayerShape, ...]) -> Profil
     check_fits(profile, layers)
     directions = tuple(direction.reversed() for direction in profile.directions)
     every = len(profile.activated) + len(profile.deactivated)
-    activated = _that_fit(_strongest(profile, profile.deactivated), layers, _room_up, every)
-    deactivated = _that_fit(_strongest(profile, profile.activated), layers, _room_down, every)
+    activated = that_fit(_strongest(profile, profile.deactivated), layers, room_up, every)
+    deactivated = that_fit(_strongest(profile, profile.activated), layers, room_down, every)
     kept = len(activated) + len(deactivated)
     name = f"{profile.name} reversed"
     if kept < every:
@@ -194,6 +196,8 @@ def arms(
             for s in range(seeds)
         }
     found: dict[str, Profile | None] = {UNSTEERED: None, STEERED: profile}
+    if profile.gate is not None:
+        found[UNGATED] = replace(profile.ungated, name=f"{profile.name} without its gate")
     missing: dict[str, list[str]] = {}
     for name, make in makers.items():
         try:
@@ -255,15 +259,15 @@ def _selection_rates(profile: Profile) -> dict[Expert, float]:
     return {e: (tokens_a * a[e] + tokens_b * b[e]) / (tokens_a + tokens_b) for e in a}
 
 
-def _room_up(shape: LayerShape) -> int:
+def room_up(shape: LayerShape) -> int:
     return shape.top_k
 
 
-def _room_down(shape: LayerShape) -> int:
+def room_down(shape: LayerShape) -> int:
     return shape.experts - shape.top_k
 
 
-def _that_fit(
+def that_fit(
     waiting: list[Expert],
     layers: tuple[LayerShape, ...],
     room: Callable[[LayerShape], int],

@@ -58,7 +58,7 @@ from moesteer.evaluation.evaluate import (
     with_prices,
 )
 from moesteer.files import write_text
-from moesteer.profile import Expert, Profile, Side, check_model
+from moesteer.profile import Expert, Profile, Side, check_model, check_ungated
 from moesteer.provenance import about
 from moesteer.runs import open_run
 from moesteer.summaries import as_json, from_json
@@ -274,6 +274,7 @@ def _candidates(source: Profile, engine: "Engine") -> Candidates:
             f"{source.name} holds no candidates to search among; give a file that `moesteer"
             " direction` wrote."
         )
+    check_ungated(source, "a search")
     check_model(source, engine.facts)
     if engine.facts.hidden and found.vector.shape[1] != engine.facts.hidden:
         raise MoesteerError(

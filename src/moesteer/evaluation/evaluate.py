@@ -2,14 +2,15 @@
 
 Every arm (the unsteered model, the profile, its controls) answers the same prompts greedily. What
 was said and judged stands in `replies.jsonl`, how far each arm moved from the unsteered model in
-`drift.jsonl`, what the steering did in `fired.jsonl`, and the comparison in `summary.json`.
+`drift.jsonl`, what the steering did in `fired.jsonl`, which prompts opened a gate in `gates.jsonl`,
+and the comparison in `summary.json`.
 """
 
 import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,10 @@ from moesteer.evaluation.comparison import (
     ArmFacts,
     Comparison,
     Drift,
+    Gated,
     TaskFacts,
     compare,
+    wilson_interval,
 )
 from moesteer.evaluation.controls import arms as arms_of
 from moesteer.evaluation.drift import (
@@ -53,8 +56,9 @@ BOOTSTRAP_SEED = 0
 REPLY = ("task", "arm", "item", "prompt", "reply", "outcome", "verdicts")
 DRIFT = ("task", "arm", "kl", "routing")
 FIRED = ("task", "arm", "start", "layer", "tokens", "obeyed")
-"""The keys of a line of `replies.jsonl`, `drift.jsonl` and `fired.jsonl`; what a direction did has
-place, expert, operation, measured and expected beside them."""
+GATES = ("task", "arm", "item", "steered")
+"""The keys of a line of `replies.jsonl`, `drift.jsonl`, `fired.jsonl` and `gates.jsonl`; what a
+direction did has place, expert, operation, measured and expected beside them."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +134,10 @@ def evaluate(
         "max_new_tokens": {a.card.name: a.max_new_tokens for a in asked},
     }
     with open_run(out, "evaluate", settings, about(command)) as run:
-        _ask_all(run, engine, asked, by_name, batch_size, say, progress)
+        ask_all(run, engine, asked, by_name, batch_size, say, progress)
         drifts = _drifts(run, engine, asked, by_name, batch_size)
         replies = replies_of(run)
-        facts, doubted = _task_facts(engine, asked, checks or Path(out).parent, replies)
+        facts, doubted = task_facts(engine, asked, checks or Path(out).parent, replies)
         for note in doubted:
             warnings.warn(note, MoesteerWarning, stacklevel=2)
         shares, differences = compare(facts, list(by_name), replies, BOOTSTRAP_SEED)
@@ -144,11 +148,12 @@ def evaluate(
             split=split,
             seed=BOOTSTRAP_SEED,
             tasks=tuple(facts),
-            arms=tuple(_arm_facts(name, arm, fired) for name, arm in by_name.items()),
+            arms=tuple(arm_facts(name, arm, fired) for name, arm in by_name.items()),
             shares=tuple(shares),
             differences=tuple(differences),
             drifts=tuple(drifts),
             notes=(*missing, *doubted),
+            gates=tuple(_gates(facts, by_name, run.lines("gates", *GATES))),
         )
         write_text(run.folder / SUMMARY, comparison.to_json() + "\n")
     return comparison
@@ -246,7 +251,7 @@ def _has_prompts(card: Card, data: Mapping[str, str]) -> bool:
 # -- replies -------------------------------------------------------------------------------------
 
 
-def _ask_all(
+def ask_all(
     run: Run,
     engine: "Engine",
     asked: Sequence[Asked],
@@ -259,7 +264,8 @@ def _ask_all(
 
     A task's arms follow each other: the target is known first.
     """
-    there = {(r["task"], r["arm"], r["item"]) for r in run.lines("replies", *REPLY)}
+    lines = [r for r in run.lines("replies", *REPLY) if r["arm"] in by_name]
+    there = {(r["task"], r["arm"], r["item"]) for r in lines}
     total = sum(len(task.items) for task in asked) * len(by_name)
     done = len(there)
     if say is not None:
@@ -342,6 +348,9 @@ def _ask(
     # The proof first: there is never a reply without it.
     asked = {"task": task.card.name, "arm": arm, "start": chosen.start}
     run.add("fired", [asked | _fired(seen) for seen in generated.evidence])
+    if generated.steered is not None:
+        opened = dict(zip(chosen, generated.steered, strict=True))
+        run.add("gates", [_opened(task, arm, item, opened[item]) for item in missing])
     run.add(
         "replies",
         [
@@ -365,6 +374,10 @@ def _fired(seen: "LayerEvidence | DirectionEvidence") -> dict[str, Any]:
         for name in ("place", "expert", "operation", "measured", "expected"):
             found[name] = getattr(seen, name)
     return found
+
+
+def _opened(task: Asked, arm: str, item: int, steered: bool) -> dict[str, Any]:
+    return {"task": task.card.name, "arm": arm, "item": item, "steered": steered}
 
 
 # -- drift ---------------------------------------------------------------------------------------
@@ -406,7 +419,7 @@ def _drifts(
 # -- the summary ---------------------------------------------------------------------------------
 
 
-def _task_facts(
+def task_facts(
     engine: "Engine", asked: Sequence[Asked], checks: str | Path, replies: Sequence[dict[str, Any]]
 ) -> tuple[list[TaskFacts], list[str]]:
     """What was asked, with each judge's check, and what speaks against trusting a judge."""
@@ -438,9 +451,7 @@ def _agreement(replies: Iterable[Mapping[str, Any]]) -> str:
     return f"its judges differ on {differ:,} of {both:,} replies" if both else ""
 
 
-def _arm_facts(
-    name: str, profile: "Profile | None", fired: Sequence[Mapping[str, Any]]
-) -> ArmFacts:
+def arm_facts(name: str, profile: "Profile | None", fired: Sequence[Mapping[str, Any]]) -> ArmFacts:
     if profile is None:
         return ArmFacts(name)
     # A group that was asked twice, because the first time was cut off, counts once.
@@ -453,10 +464,26 @@ def _arm_facts(
         profile.activated,
         profile.deactivated,
         tokens=max(by_place.values(), default=0),
-        obeyed=bool(mine) and all(record["obeyed"] for record in mine.values()),
+        # Where no prompt opened its gate there is nothing to obey.
+        obeyed=bool(mine or profile.gate) and all(record["obeyed"] for record in mine.values()),
         note=profile.name,
         directions=tuple(direction.words for direction in profile.directions),
     )
+
+
+def _gates(
+    tasks: Sequence[TaskFacts],
+    by_name: "Mapping[str, Profile | None]",
+    lines: Sequence[Mapping[str, Any]],
+) -> Iterator[Gated]:
+    """How many prompts of each task opened the gate, in each arm that has one."""
+    steered = {(line["task"], line["arm"], line["item"]): line["steered"] for line in lines}
+    for task in tasks:
+        for arm, profile in by_name.items():
+            if profile is not None and profile.gate is not None:
+                opened = [open for (*of, _), open in steered.items() if of == [task.name, arm]]
+                ends = wilson_interval(sum(opened), len(opened))
+                yield Gated(task.name, arm, sum(opened), len(opened), *ends)
 
 
 def _where(record: Mapping[str, Any]) -> tuple:

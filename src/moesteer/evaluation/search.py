@@ -54,7 +54,7 @@ from moesteer.evaluation.trials import (
     words,
 )
 from moesteer.files import write_text
-from moesteer.profile import Expert, LayerShape, Profile, Side, check_model
+from moesteer.profile import Expert, LayerShape, Profile, Side, check_model, check_ungated
 from moesteer.runs import open_run
 from moesteer.summaries import as_json, from_json
 
@@ -410,6 +410,7 @@ def _labelled(rankings: Sequence[Profile], engine: "Engine") -> dict[str, Profil
                 f"{ranking.name} uses directions, too, which every choice of experts would; give a"
                 " ranking without them."
             )
+        check_ungated(ranking, "a search")
         check_model(ranking, engine.facts)
         if ranking.chat_options != rankings[0].chat_options:
             raise MoesteerError(

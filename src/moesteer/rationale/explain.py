@@ -24,7 +24,7 @@ from moesteer.evaluation.comparison import STEERED, UNSTEERED
 from moesteer.evaluation.controls import random_control
 from moesteer.files import write_text
 from moesteer.generate import check_steers
-from moesteer.profile import LayerShape, Profile, check_model
+from moesteer.profile import LayerShape, Profile, check_model, check_ungated
 from moesteer.provenance import about
 from moesteer.rationale.attribution import (
     METHODS,
@@ -107,6 +107,8 @@ def explain(
     where an instance, a profile or a method doesn't fit the model.
     """
     arms = {UNSTEERED: None} if arms is None else arms
+    for profile in arms.values():  # a text without some of its words might open a gate or not
+        check_ungated(profile, "rationale")
     for profile in (*arms.values(), behaviour):
         if profile is not None:
             check_model(profile, engine.facts)

@@ -29,6 +29,7 @@ from moesteer.chat import NO_OPTIONS
 from moesteer.engines.checkpoint import adapter_base
 from moesteer.engines.transformers.adapters import add_adapter, load_adapter, require_peft
 from moesteer.engines.transformers.routers import describe
+from moesteer.engines.transformers.splitting import check_whole
 from moesteer.engines.transformers.stream import find_decoder
 from moesteer.engines.transformers_engine import TransformersEngine
 from moesteer.errors import MoesteerError, MoesteerWarning
@@ -182,6 +183,12 @@ def check_instances(train: Sequence[Instance], dev: Sequence[Instance]) -> None:
 
 def _check_model(engine: TransformersEngine, training: Training) -> None:
     model, name = engine.model, engine.facts.id
+    check_whole(model, "gradients of weights")
+    if any(weight.is_meta for weight in model.parameters()):
+        raise MoesteerError(
+            f"some weights of {name} are offloaded, and such a model can't be trained; give it"
+            " devices that hold it."
+        )
     if adapter_base(name) is not None:
         raise MoesteerError(f"{name} holds an adapter already; fine-tune its model.")
     if not training.full:

@@ -1,6 +1,6 @@
 """What a report is made of: sections of paragraphs, tables, figures, replies and commands.
 
-The same blocks become HTML and Markdown. A figure is drawn in HTML only; its table says the same in
+The same blocks become HTML and Markdown. A figure is drawn in HTML, and its table says the same in
 both. A drawing is marks at positions in pixels, from the upper left corner.
 """
 
@@ -67,7 +67,10 @@ class Lead:
 
 @dataclass(frozen=True)
 class Commands:
+    """What to type: in a shell, or in another language."""
+
     lines: tuple[str, ...]
+    language: str = "sh"
 
 
 @dataclass(frozen=True)

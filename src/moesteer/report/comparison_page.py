@@ -16,6 +16,7 @@ from moesteer.evaluation.comparison import (
     TaskFacts,
     pool_of,
 )
+from moesteer.report.terminal import opened_words
 
 LISTED = 3
 """Directions of an arm that are named."""
@@ -38,6 +39,7 @@ def comparison_page(comparison: Comparison) -> RenderableType:
         *_outcomes_tables(comparison),
         differences_table(comparison),
         Text(""),
+        *_gates_table(comparison),
         drift_table(comparison),
         Text(""),
         Text(READING, "dim"),
@@ -92,6 +94,24 @@ def differences_table(comparison: Comparison) -> RenderableType:
     return table
 
 
+def _gates_table(comparison: Comparison) -> Iterator[RenderableType]:
+    """A row an arm or pool with a gate, a column a task: how many prompts opened it."""
+    if not comparison.gates:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("prompts that opened the gate")
+    for task in comparison.tasks:
+        table.add_column(task.name, justify="right")
+    for pool in dict.fromkeys(pool_of(gated.arm) for gated in comparison.gates):
+        cells = []
+        for task in comparison.tasks:
+            mine = [g for g in comparison.gates if (g.task, pool_of(g.arm)) == (task.name, pool)]
+            cells.append(", ".join(dict.fromkeys(opened_words(gated) for gated in mine)))
+        table.add_row(pool, *cells, style="" if pool == STEERED else "dim")
+    yield table
+    yield Text("")
+
+
 def drift_table(comparison: Comparison) -> RenderableType:
     """A row an arm or pool, a column a task: KL to the unsteered model, and routing drift."""
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -113,7 +133,7 @@ def _below(comparison: Comparison) -> Iterator[str]:
     """The proof of firing, the judges' checks, what was unjudged, and other notes."""
     for arm in comparison.arms:
         if arm.name != UNSTEERED:
-            yield _fired_line(arm)
+            yield fired_line(arm)
     for task in comparison.tasks:
         yield f"judge of {task.name}: {'; '.join(filter(None, (task.check, task.agreement)))}"
         unjudged = sum(share.unjudged for share in _of_task(comparison, task))
@@ -124,13 +144,15 @@ def _below(comparison: Comparison) -> Iterator[str]:
         yield f"note: {note}"
 
 
-def _fired_line(arm: ArmFacts) -> str:
+def fired_line(arm: ArmFacts) -> str:
+    """That an arm's experts and directions did what they should, on how many tokens."""
     experts = arm.activated or arm.deactivated or not arm.directions
     what = [f"+{len(arm.activated)} −{len(arm.deactivated)} experts"] if experts else []
     what += _listed(arm.directions)
     proof = ["activated always selected, deactivated never"] if experts else []
     proof += ["the stream moved as it should"] if arm.directions else []
     proof = proof if arm.obeyed else ["not always obeyed"]
+    proof = proof if arm.tokens or not arm.obeyed else ["no prompt opened its gate"]
     tokens = f"{arm.tokens:,} tokens a {'layer' if experts else 'place'}"
     return f"fired: {arm.name} ({arm.note}): {'; '.join([*what, tokens, *proof])}"
 

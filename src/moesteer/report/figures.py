@@ -1,6 +1,6 @@
 """Figures as marks at positions: heat map, volcano, dots with intervals, curves, scatter.
 
-Nothing is drawn here; `template/page.html.jinja` writes the marks as SVG. Colours are the terminal
+Nothing is drawn here; `template/marks.jinja` writes the marks as SVG. Colours are the terminal
 page's: red goes with A, blue with B, grey is zero.
 """
 

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moesteer.report.blocks import (
     Cell,
@@ -22,6 +23,9 @@ from moesteer.report.blocks import (
     Warn,
 )
 from moesteer.version import __version__
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent / "template"
 
@@ -45,8 +49,26 @@ KINDS = {
 
 def html_of(report: Report) -> str:
     """The whole page. Everything that comes from outside is escaped; only our script may run."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
+
+    script = read_template("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        templates()
+        .get_template("page.html.jinja")
+        .render(
+            report=report,
+            style=Markup(read_template("figure.css") + read_template("page.css")),
+            script=Markup(script),
+            script_hash=digest,
+            version=__version__,
+        )
+    )
+
+
+def templates() -> "Environment":
+    """What fills the templates, escaping everything that is put in."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -56,15 +78,11 @@ def html_of(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters["kind"] = _kind
-    script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html.jinja").render(
-        report=report,
-        style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=digest,
-        version=__version__,
-    )
+    return environment
+
+
+def read_template(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def _kind(thing: object) -> str:

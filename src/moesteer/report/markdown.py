@@ -1,12 +1,16 @@
-"""A report as GitHub's Markdown: the same blocks as the page; figures are their tables."""
+"""A report as GitHub's Markdown: the same blocks as the page.
+
+Figures are their tables, or images, where whoever asks draws them.
+"""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from moesteer.report.blocks import (
     Block,
     Cell,
     Commands,
+    Drawing,
     Exchange,
     Figure,
     Lead,
@@ -24,17 +28,21 @@ LONGEST = 60
 """Rows of a table that are written out."""
 
 
-def markdown_of(report: Report) -> str:
-    """The whole text, with one level-1 heading."""
+Draw = Callable[[Drawing], str]
+"""Keeps a drawing as an image and gives the image's address."""
+
+
+def markdown_of(report: Report, draw: Draw | None = None) -> str:
+    """The whole text, with one level-1 heading; with `draw`, figures are images."""
     parts = [f"# {escaped(report.title)}"]
     for section in report.sections:
         parts.append(f"## {section.title}")
         for block in section.blocks:
-            parts += _written(block)
+            parts += _written(block, draw)
     return "\n\n".join(parts) + "\n"
 
 
-def _written(block: Block) -> Iterator[str]:
+def _written(block: Block, draw: Draw | None) -> Iterator[str]:
     match block:
         case Lead():
             yield f"**{escaped(block.text)}**"
@@ -43,7 +51,7 @@ def _written(block: Block) -> Iterator[str]:
         case Warn():
             yield f"> **Note.** {escaped(block.text)}"
         case Commands():
-            yield fenced("\n".join(block.lines), "sh")
+            yield fenced("\n".join(block.lines), block.language)
         case Exchange():
             yield f"{escaped(block.task)}, asked:"
             yield fenced(block.prompt)
@@ -55,7 +63,11 @@ def _written(block: Block) -> Iterator[str]:
             yield "\n".join(f"* {escaped(name)}: {_marked(words)}" for name, words in block.lines)
         case Figure():
             yield f"### {escaped(block.title)}"
-            yield from _table(block.table)
+            if draw is None:
+                yield from _table(block.table)
+            else:
+                yield "\n".join(f"![{escaped(d.about)}]({draw(d)})" for d in block.drawings)
+                yield f"*{escaped(block.caption)}*"
         case Table():
             yield from _table(block)
 

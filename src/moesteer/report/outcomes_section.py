@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from moesteer.evaluation.comparison import (
     STEERED,
     UNSTEERED,
+    ArmFacts,
     Comparison,
     Difference,
 )
@@ -47,6 +48,7 @@ def outcome_blocks(evaluation: Evaluation) -> list[Block]:
             comparison.differences,
         ),
         *_outcomes_tables(comparison, of),
+        *_gates_table(comparison, of),
         *_drift_table(comparison, of),
         _fired_table(comparison, of),
     ]
@@ -121,6 +123,26 @@ def _differences_table(caption: str, differences: Sequence[Difference]) -> Table
     return Table(caption, headings, rows)
 
 
+def _gates_table(comparison: Comparison, of: str) -> list[Block]:
+    """Which prompts were steered at all, where the profile has a gate."""
+    if not comparison.gates:
+        return []
+    rows = tuple(
+        (
+            text(gated.task),
+            text(gated.arm),
+            number(gated.opened, "d"),
+            number(gated.prompts, "d"),
+            percent(gated.opened / gated.prompts if gated.prompts else None),
+            percent(gated.low),
+            percent(gated.high),
+        )
+        for gated in comparison.gates
+    )
+    headings = ("task", "arm", "opened", "prompts", "share", "from", "to")
+    return [Table(f"Prompts that opened the gate, with Wilson's interval: {of}", headings, rows)]
+
+
 def _drift_table(comparison: Comparison, of: str) -> list[Block]:
     if not comparison.drifts:
         return []
@@ -150,10 +172,16 @@ def _fired_table(comparison: Comparison, of: str) -> Table:
             text(arm.name),
             *(text(words[place]) for words in columns.values()),
             number(arm.tokens, ",d"),
-            text("every token" if arm.obeyed else "not every token"),
+            text(_obeyed(arm)),
             text(arm.note),
         )
         for place, arm in enumerate(steered)
     )
     headings = ("arm", *columns, "tokens a layer", "obeyed", "steered by")
     return Table(f"Proof that the steering fired: {of}", headings, rows)
+
+
+def _obeyed(arm: ArmFacts) -> str:
+    if arm.obeyed and not arm.tokens:
+        return "no prompt opened its gate"
+    return "every token" if arm.obeyed else "not every token"

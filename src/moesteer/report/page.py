@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moesteer.auditing.audit import IMPORTANCE, Audit
 from moesteer.directions.writers import Writers
 from moesteer.errors import MoesteerError
 from moesteer.evaluation.comparison import Comparison
@@ -155,6 +156,15 @@ class Finetuned:
 
 
 @dataclass(frozen=True)
+class Audited:
+    """A run of `audit`: what it found, and every expert's effect as a profile with scores."""
+
+    run: Run
+    result: Audit
+    effects: Profile
+
+
+@dataclass(frozen=True)
 class Page:
     """Everything that a report tells of, of one model; `model` None where no source names one.
 
@@ -173,6 +183,7 @@ class Page:
     writers: tuple[Written, ...]
     rationales: tuple[Rationales, ...]
     finetunes: tuple[Finetuned, ...]
+    audits: tuple[Audited, ...]
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -181,7 +192,7 @@ class Page:
         own = {search.run.folder / "test" for search in searches}
         runs = [item.run for item in (*searches, *self.evaluations)]
         runs += [item.run for item in (*self.detectors, *self.checks, *self.writers)]
-        runs += [item.run for item in (*self.rationales, *self.finetunes)]
+        runs += [item.run for item in (*self.rationales, *self.finetunes, *self.audits)]
         return tuple(run for run in runs if run.folder not in own)
 
 
@@ -203,6 +214,7 @@ def gather(sources: Sequence[str | Path]) -> Page:
     writers: list[Written] = []
     rationales: list[Rationales] = []
     finetunes: list[Finetuned] = []
+    audits: list[Audited] = []
     for source in dict.fromkeys(Path(source) for source in sources):
         if not source.is_dir():
             profiles.append(Profile.load(source))
@@ -225,6 +237,8 @@ def gather(sources: Sequence[str | Path]) -> Page:
                 rationales.append(_rationales(run))
             case "rationale finetune":
                 finetunes.append(_finetuned(run))
+            case "audit":
+                audits.append(_audited(run))
             case "detectors":
                 detectors.append(_detectors(run))
             case "judge":
@@ -232,8 +246,8 @@ def gather(sources: Sequence[str | Path]) -> Page:
             case kind:
                 raise MoesteerError(
                     f"{source} is a run of `{kind}`; a report is made of runs of `evaluate`,"
-                    " `search`, `detectors`, `writers`, `rationale` and `judge check`, and of"
-                    " profiles."
+                    " `search`, `detectors`, `writers`, `rationale`, `audit` and `judge check`, and"
+                    " of profiles."
                 )
         facts = _facts_of(run)
         if facts is not None:
@@ -253,6 +267,7 @@ def gather(sources: Sequence[str | Path]) -> Page:
         writers=tuple(writers),
         rationales=tuple(rationales),
         finetunes=tuple(finetunes),
+        audits=tuple(audits),
     )
 
 
@@ -377,6 +392,11 @@ def _finetuned(run: Run) -> Finetuned:
 
 def _detectors(run: Run) -> Detectors:
     return Detectors(run, _read(DetectorsResult, run))
+
+
+def _audited(run: Run) -> Audited:
+    result = Audit.from_json(*_summary(run))
+    return Audited(run, result, Profile.load(run.folder / IMPORTANCE))
 
 
 def _check(run: Run) -> Check:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moesteer.profile import Profile
+from moesteer.report.audit_section import audit_blocks, audit_leads
+from moesteer.report.audit_words import cautions
 from moesteer.report.blocks import (
     Block,
     Commands,
@@ -22,11 +24,11 @@ from moesteer.report.experts_section import expert_blocks
 from moesteer.report.finetune_section import finetune_blocks
 from moesteer.report.judges_section import doubts, judge_blocks
 from moesteer.report.outcomes_section import outcome_blocks
-from moesteer.report.page import DirectionSearch, Page, Rationales
+from moesteer.report.page import Audited, DirectionSearch, Page, Rationales
 from moesteer.report.rationale_section import rationale_blocks
 from moesteer.report.replies_section import reply_blocks
 from moesteer.report.search_section import search_blocks
-from moesteer.report.terminal import named
+from moesteer.report.terminal import gate_rows, named
 from moesteer.report.verdict import TESTBED, verdicts, warnings_of
 from moesteer.report.writers_section import writer_blocks
 
@@ -38,6 +40,7 @@ def report_of(page: Page, show_replies: bool = False) -> Report:
         ("What was asked", _asked(page)),
         ("Outcomes", [b for e in page.evaluations for b in outcome_blocks(e)]),
         ("Which experts", [b for p in page.profiles for b in expert_blocks(p)]),
+        ("Audit", [b for a in page.audits for b in audit_blocks(a)]),
         ("How many experts", [b for s in page.searches for b in search_blocks(s)]),
         ("Which directions", directions_blocks(page.directions)),
         (
@@ -69,6 +72,7 @@ def _title(page: Page) -> str:
     profiles = (*page.profiles, *page.directions)
     names = [titles[name] for name in targets] or [profile.name for profile in profiles]
     names = names or [f"Who writes {written.result.profile}?" for written in page.writers]
+    names = names or [f"Audit of “{a.result.outcome}” on {a.result.target}" for a in page.audits]
     names = names or ["Rationales"] * bool(page.rationales or page.finetunes)
     model = page.model.id if page.model is not None else "an unnamed model"
     return f"{'; '.join(dict.fromkeys(names)) or 'Results'} ({model})"
@@ -84,7 +88,9 @@ def _verdict(page: Page) -> list[Block]:
         blocks.append(Lead(first.sentence, first.claimed))
         if others:
             blocks.append(Paragraph(" ".join(f"{found.finding}." for found in others)))
-    if not page.evaluations:
+    audits = [audited.result for audited in page.audits]
+    blocks += [Lead(*lead) for audit in audits for lead in audit_leads(audit)]
+    if not (page.evaluations or audits):
         blocks.append(
             Lead(
                 "Nothing is claimed: no evaluation beside controls is among the results.",
@@ -93,6 +99,7 @@ def _verdict(page: Page) -> list[Block]:
         )
     comparisons = [evaluation.comparison for evaluation in page.evaluations]
     said = [line for comparison in comparisons for line in warnings_of(comparison)]
+    said += [line for audit in audits for line in cautions(audit)]
     said += doubts(page)
     if len(comparisons) > 1:
         said.append(f"p is adjusted over tasks, not over the {len(comparisons)} evaluations here.")
@@ -138,6 +145,7 @@ def _asked(page: Page) -> list[Block]:
         )
     rows += [_direction_search_row(search) for search in page.direction_searches]
     rows += [_rationale_row(found) for found in page.rationales]
+    rows += [_audit_row(audited) for audited in page.audits]
     cells = tuple((text(key), text(value)) for key, value in dict.fromkeys(rows))
     return [Table("Model, pairs, tasks and seeds", ("what", "value"), cells)] if cells else []
 
@@ -164,6 +172,17 @@ def _rationale_row(found: Rationales) -> tuple[str, str]:
     )
 
 
+def _audit_row(audited: Audited) -> tuple[str, str]:
+    found, settings = audited.result, audited.run.settings
+    pairs = found.importance
+    return (
+        "audit",
+        f"“{found.outcome}” on {found.target}; {pairs.pairs:,} pairs from {pairs.source},"
+        f" {pairs.held_out:,} held out; up to {settings['most']} experts lost,"
+        f" {settings['seeds']} random sets",
+    )
+
+
 def _profile_rows(profile: Profile) -> list[tuple[str, str]]:
     rows = []
     for side, experts in (("activated", profile.activated), ("deactivated", profile.deactivated)):
@@ -171,6 +190,8 @@ def _profile_rows(profile: Profile) -> list[tuple[str, str]]:
             rows.append((f"{side} by {profile.name}", named(experts)))
     if rows:
         rows.append(("rule", f"{profile.rule}, dose {profile.dose:g}"))
+    if profile.gate is not None:
+        rows += gate_rows(profile.gate)
     seen = profile.evidence
     if seen is not None and (profile.directions or profile.candidates is not None):
         rows.append(("prompts", f"at least {seen.pairs:,} a side to fit on, of {seen.source}"))
@@ -193,7 +214,7 @@ def _each_once(profiles: Sequence[Profile]) -> list[Profile]:
     for profile in profiles:
         hash_of = None if profile.evidence is None else profile.evidence.data_hash
         detector = None if profile.evidence is None else profile.evidence.detector
-        steered = (profile.activated, profile.deactivated, profile.directions)
+        steered = (profile.activated, profile.deactivated, profile.directions, profile.gate)
         seen.setdefault((*steered, hash_of, detector), profile)
     return list(seen.values())
 
@@ -207,6 +228,8 @@ def _origin(page: Page) -> list[Block]:
     profiles = [*page.profiles, *page.directions]
     profiles += [evaluation.profile for evaluation in page.evaluations]
     made = [profile.evidence.command for profile in profiles if profile.evidence is not None]
+    gates = [profile.gate.evidence for profile in profiles if profile.gate is not None]
+    made += [gate.command for gate in gates if gate is not None]
     made += [str(run.about.get("command") or "") for run in page.runs]
     lines = [line for command in made for line in command.split(" && ") if line]
     blocks: list[Block] = []

@@ -11,11 +11,13 @@ from rich.text import Text
 from moesteer.detection.detectors import DETECTORS
 from moesteer.detection.selecting import experts_table, ranked_experts, scores_by_expert
 from moesteer.engines.evidence import DirectionEvidence, LayerEvidence
+from moesteer.gate import Gate, Opened
 from moesteer.profile import Evidence, Expert, Profile
 from moesteer.profile_file import SIGN
 
 if TYPE_CHECKING:
     from moesteer.doctor import Examination
+    from moesteer.evaluation.comparison import Gated
 
 WARM, COLD, GROUND = (215, 48, 39), (33, 102, 172), (38, 38, 38)
 """Colours of +max, −max and 0; both ends differ in lightness from the ground, too."""
@@ -35,41 +37,83 @@ def profile_page(profile: Profile, top: int) -> RenderableType:
 def profile_facts(profile: Profile) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
+    for row in profile_rows(profile):
+        table.add_row(*row)
+    return table
+
+
+def profile_rows(profile: Profile) -> list[tuple[str, str]]:
+    """What a profile steers, on which model, and where that comes from: by name."""
+    rows: list[tuple[str, str]] = []
     if profile.steered_layers or not (profile.directions or profile.candidates):
         for side, experts in (
             ("activated", profile.activated),
             ("deactivated", profile.deactivated),
         ):
-            table.add_row(side, named(experts) if experts else "none")
-        table.add_row("rule", f"{profile.rule}, dose {profile.dose:g}")
+            rows.append((side, named(experts) if experts else "none"))
+        rows.append(("rule", f"{profile.rule}, dose {profile.dose:g}"))
     for direction in profile.directions:
-        table.add_row("direction", direction.words)
+        rows.append(("direction", direction.words))
     if any(direction.operation == "add" for direction in profile.directions):
-        table.add_row("sign", SIGN)
+        rows.append(("sign", SIGN))
     if profile.toward:
-        table.add_row("toward", profile.toward.upper())
+        rows.append(("toward", profile.toward.upper()))
+    if profile.gate is not None:
+        rows += gate_rows(profile.gate)
     if profile.model is not None:
         facts = profile.model
         widths = sorted({(shape.experts, shape.top_k) for shape in facts.layers})
         shape = ", ".join(f"{e} experts, k = {k}" for e, k in widths)
         revision = f" @ {facts.revision}" if facts.revision else ""
-        table.add_row("model", f"{facts.id}{revision} ({facts.model_type})")
+        rows.append(("model", f"{facts.id}{revision} ({facts.model_type})"))
         routing = f"{len(facts.layers)} layers of {shape}; {facts.family}"
-        table.add_row("routing", routing if facts.layers else "none: a dense model")
+        rows.append(("routing", routing if facts.layers else "none: a dense model"))
     if profile.evidence is not None:
         seen = profile.evidence
         if profile.candidates is not None:
-            table.add_row("found by", f"{seen.detector}, at {seen.target}, of {seen.source}")
+            rows.append(("found by", f"{seen.detector}, at {seen.target}, of {seen.source}"))
         else:
-            table.add_row("pairs", f"{seen.pairs} from {seen.source}, target: {seen.target}")
+            rows.append(("pairs", f"{seen.pairs} from {seen.source}, target: {seen.target}"))
             spans = ", matched in length and position" if seen.spans == "matched" else ""
-            table.add_row("tokens", f"{seen.tokens_a:,} of A, {seen.tokens_b:,} of B{spans}")
-            table.add_row("score", f"{_score_words(seen)}; {seen.interval}")
+            rows.append(("tokens", f"{seen.tokens_a:,} of A, {seen.tokens_b:,} of B{spans}"))
+            rows.append(("score", f"{_score_words(seen)}; {seen.interval}"))
         if profile.scores is not None and seen.pairs > 1:
-            table.add_row("certainty", _certainty(profile, seen))
+            rows.append(("certainty", _certainty(profile, seen)))
         if seen.command:
-            table.add_row("made by", seen.command)
-    return table
+            rows.append(("made by", seen.command))
+    return rows
+
+
+def gate_rows(gate: Gate) -> list[tuple[str, str]]:
+    """What opens a gate, how well it told dev prompts apart, and where it comes from."""
+    rows = [("gate", gate.words)]
+    seen = gate.evidence
+    if seen is None:
+        return rows
+    dev = f"{opened_words(seen.opens)} that are to; {opened_words(seen.keeps_shut)} that are not"
+    rows.append(("opened by dev", f"{dev} (at most {seen.false_alarms:.1%} asked for)"))
+    beside = {"shuffled labels": seen.shuffled, "random probes": seen.random}
+    parts = [f"{name} {auc.words}" for name, auc in beside.items()]
+    rows.append(("AUC on dev", "; ".join([seen.auc.words, *parts])))
+    fitted = f"{seen.fit_opens} and {seen.fit_keeps_shut} prompts"
+    rows.append(("gate from", f"{seen.source}, fitted on {fitted}, seed {seen.seed}"))
+    if seen.command:
+        rows.append(("gate made by", seen.command))
+    return rows
+
+
+def opened_words(found: "Opened | Gated") -> str:
+    """3 of 60 (1%–14%)."""
+    return f"{found.opened} of {found.prompts} ({found.low:.0%}–{found.high:.0%})"
+
+
+def gate_lines(steered: Sequence[bool] | None) -> list[str]:
+    """How many prompts opened the gate; nothing of a profile without one."""
+    if not steered:
+        return []
+    if len(steered) == 1:
+        return ["gate open: steered" if steered[0] else "gate shut: not steered"]
+    return [f"gate: open for {sum(steered):,} of {len(steered):,} prompts; the others not steered"]
 
 
 def _score_words(seen: Evidence) -> str:

@@ -13,7 +13,8 @@ The first two speak of other prompts: with enough of them any two sets of expert
 sets of random experts lie apart is seen in their seeds alone, so at least one pool needs two.
 
 Otherwise nothing was found beyond random experts, or random directions, and the sentence says so.
-The sign-reversed arm is no control: it steers what was found. The price stands in the same
+The sign-reversed arm is no control: it steers what was found, and so does one whose gate was taken
+off. The price stands in the same
 sentence: of all price tasks the one whose share falls most.
 """
 
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 
 from moesteer.evaluation.comparison import (
     STEERED,
+    UNGATED,
     UNSTEERED,
     Comparison,
     Difference,
@@ -65,7 +67,7 @@ def verdicts(comparison: Comparison) -> list[Found]:
 def control_pools(comparison: Comparison) -> tuple[str, ...]:
     """The pools of arms that should not matter."""
     pools = dict.fromkeys(pool_of(arm.name) for arm in comparison.arms)
-    return tuple(pool for pool in pools if pool not in (UNSTEERED, STEERED, REVERSED))
+    return tuple(pool for pool in pools if pool not in (UNSTEERED, STEERED, REVERSED, UNGATED))
 
 
 def is_beyond(difference: Difference, way: float) -> bool:

@@ -16,8 +16,8 @@ def write_report(
 ) -> tuple[Path, Path]:
     """Write the report of one model's results to `out` (.html), and its Markdown beside it.
 
-    `sources` are run folders (evaluate, search, detectors, writers, rationale, judge check) and
-    profile files. `show_replies` shows those of tasks not marked harmless, too. Raises
+    `sources` are run folders (evaluate, search, audit, detectors, writers, rationale, judge check)
+    and profile files. `show_replies` shows those of tasks not marked harmless, too. Raises
     MoesteerError for sources that can't be read or are of different models, and for an `out` that
     can't be written.
     """

@@ -129,6 +129,7 @@ def describe(name: str, profile: Profile) -> dict[str, Any]:
         "dose": profile.dose,
         "directions": [direction.words for direction in profile.directions],
         "toward": profile.toward,
+        "gate": None if profile.gate is None else profile.gate.words,
     }
 
 

@@ -15,10 +15,12 @@ from moesteer.engines.evidence import check_fired
 from moesteer.engines.vllm.collected import (
     Counts,
     Moves,
+    Prompted,
     directions_of,
     evidence_of,
     merged,
     plus,
+    prompts_of,
 )
 from moesteer.errors import DidNotFire
 from moesteer.profile import Profile
@@ -27,18 +29,20 @@ from moesteer.profile import Profile
 @dataclass(frozen=True)
 class Count:
     """`tokens` of a request passed the routers; `selected` says by layer how many chose each,
-    `moves` what its directions did."""
+    `moves` what its directions did, `prompts` how watched prompts were routed."""
 
     tokens: int = 0
     selected: Counts = field(default_factory=dict)
     moves: Moves = field(default_factory=dict)
+    prompts: tuple[Prompted, ...] = ()
 
     def __add__(self, other: "Count") -> "Count":
         selected = dict(self.selected)
         for layer, counts in other.selected.items():
             before = selected.get(layer, [0] * len(counts))
             selected[layer] = [a + b for a, b in zip(before, counts, strict=True)]
-        return Count(self.tokens + other.tokens, selected, plus(self.moves, other.moves))
+        moves, prompts = plus(self.moves, other.moves), self.prompts + other.prompts
+        return Count(self.tokens + other.tokens, selected, moves, prompts)
 
 
 class Workers:
@@ -94,7 +98,10 @@ class Collector:
 
 def counted(engines: Sequence[Sequence[dict[str, Any]]], key: str) -> Count:
     """One request's count, from the answers of `moesteer_collect` by engine and worker."""
-    return sum((Count(*merged(workers, key)) for workers in engines), Count())
+    return sum(
+        (Count(*merged(workers, key), tuple(prompts_of(workers, key))) for workers in engines),
+        Count(),
+    )
 
 
 def why_not_fired(profile: Profile, count: Count) -> str | None:

@@ -26,12 +26,15 @@ from moesteer.serving.asgi import (
     refusal,
 )
 from moesteer.serving.evidence import Collector, Workers
+from moesteer.serving.gated import ask_gate, saying_shut, without_profile
+from moesteer.serving.metrics import metrics
 from moesteer.serving.models import PATH as MODELS
 from moesteer.serving.models import answer_models
 from moesteer.serving.naming import named_profile, with_profile
 from moesteer.serving.proved_reply import ProvedReply, Steered
 from moesteer.serving.setup import Setup, setup_of
 from moesteer.serving.shelf import Shelf
+from moesteer.serving.watched_reply import Watch
 
 UPLOADS = ("multipart/form-data", "application/x-www-form-urlencoded")
 """Bodies that are no JSON and may be large: sound files. They pass as they come."""
@@ -43,6 +46,7 @@ class Middleware:
     def __init__(self, app: App) -> None:
         self._app = app
         self._behind_key: App = self._steer
+        self._watch: Watch | None = None
         self._state: Any = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,7 +92,10 @@ class Middleware:
         self._shelf = Shelf(workers, names)
         for name, profile in setup.profiles.items():
             await self._shelf.put(name, profile)
+        self._workers = workers
         self._collector = Collector(workers)
+        if setup.watch is not None:
+            self._watch = Watch(setup.watch, self._collector, metrics())
         self._admin = Admin(self._shelf, setup.facts, setup.admin_key)
         self._behind_key = behind_key(self._steer, state.args)
         self._state = state
@@ -106,6 +113,15 @@ class Middleware:
         if body is None:
             return
         request, body = self._translated(path, body)
+        if request is not None and request.profile.gate is not None:
+            asked = (self._workers, scope, receive, send, request, body)
+            is_open = await ask_gate(self._app, *asked)
+            if is_open is None:
+                return
+            if not is_open:
+                request, body, send = None, without_profile(body), saying_shut(send, request)
+        if self._watch is not None:
+            body, send = self._watch.over(path, body, send)
         scope, receive = handed_on(scope, receive, body)
         if request is None:
             await self._app(scope, receive, send)
@@ -128,7 +144,8 @@ class Middleware:
             return None, body
         request = Steered(name, profiles[name], secrets.token_hex(16))
         try:
-            told = with_profile(data, models, request.profile.fingerprint, request.key)
+            steering = request.profile.ungated.fingerprint
+            told = with_profile(data, models, steering, request.key)
             return request, json.dumps(told).encode()
         except RecursionError:
             raise refusal(400, "The body is nested too deeply.") from None

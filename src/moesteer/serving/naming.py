@@ -23,7 +23,7 @@ STEERABLE = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/me
 SHOWN_NAMES = 20
 SHOWN_LETTERS = 64
 
-_OPAQUE = {
+OPAQUE = {
     "use_beam_search": "beam search starts requests of its own, which carry no profile",
     "background": "the reply to a background request comes before anything is generated, so"
     " nothing would prove that the profile fired",
@@ -57,7 +57,7 @@ def named_profile(
         raise refusal(400, f"The request names two profiles, {both}; a request has one.", FIELD)
     if path not in STEERABLE:
         raise refusal(400, f"Profiles steer {', '.join(STEERABLE)} only, not {short(path)}.", FIELD)
-    for option, reason in _OPAQUE.items():
+    for option, reason in OPAQUE.items():
         if body.get(option):
             raise refusal(400, f"{option} and a profile don't go together: {reason}.", option)
     if extra is not None and not isinstance(extra, dict):

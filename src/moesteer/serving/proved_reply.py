@@ -16,6 +16,8 @@ from moesteer.serving.asgi import Message, Receive, Send
 from moesteer.serving.evidence import Collector, Count, is_telling, why_not_fired
 
 HEADERS = ("x-moesteer-profile", "x-moesteer-fingerprint", "x-moesteer-fired")
+GATE = "x-moesteer-gate"
+"""Beside them where the profile has a gate: open, or shut, and then nothing was to fire."""
 
 _log = logging.getLogger("vllm.moesteer")  # under vLLM's own logger, hence in its format
 _running: set[asyncio.Task[None]] = set()
@@ -75,6 +77,8 @@ class ProvedReply:
         start, *bodies = self._held
         told = (self._request.name, self._request.profile.fingerprint, str(self._fired).lower())
         ours = [(k.encode(), v.encode()) for k, v in zip(HEADERS, told, strict=True)]
+        if self._request.profile.gate is not None:
+            ours.append((GATE.encode(), b"open"))
         await self._send({**start, "headers": [*start.get("headers", []), *ours]})
         for body in bodies:
             await self._send(body)

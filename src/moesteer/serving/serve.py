@@ -19,6 +19,8 @@ from moesteer.engines.vllm.names import NAME, NAME_RULE
 from moesteer.engines.vllm.settings import with_room
 from moesteer.engines.vllm_engine import ON_CPU
 from moesteer.errors import MoesteerError
+from moesteer.monitoring.reference import Reference, check_reference
+from moesteer.monitoring.reference_file import load_reference
 from moesteer.profile import ModelFacts, Profile, check_model
 from moesteer.serving.naming import short
 from moesteer.serving.setup import ATTRIBUTE, Setup
@@ -43,16 +45,23 @@ def serve(
     host: str,
     port: int,
     admin_key_file: str | None = None,
+    watch: str | None = None,
 ) -> None:
-    """Serve until stopped; `profiles` are NAME=FILE. MoesteerError where that can't be."""
+    """Serve until stopped; `profiles` are NAME=FILE, `watch` what requests are judged by.
+
+    MoesteerError where that can't be.
+    """
     if not 0 <= port <= 65535:
         raise MoesteerError(f"--port is {port}; it must be from 0 to 65535.")
     named = read_profiles(profiles)
+    reference = None if watch is None else read_watch(watch)
     room = room_for(named.values())
     admin_key = read_admin_key(admin_key_file)
     args = parse(["--host", host, "--port", str(port), *vllm_options], model)
     facts = check_profiles(named, model, args)
-    setup = Setup(named, facts, admin_key)
+    if reference is not None:
+        check_reference(reference, facts)
+    setup = Setup(named, facts, admin_key, watch=reference)
     check_args(args, setup)
     if room:
         args.additional_config = with_room(args.additional_config, room)
@@ -81,6 +90,17 @@ def read_profiles(given: Sequence[str]) -> dict[str, Profile]:
             raise MoesteerError(f"--profile names {name} twice; a name has one profile.")
         named[name] = Profile.load(file)
     return named
+
+
+def read_watch(file: str) -> Reference:
+    """What requests are judged by; MoesteerError where it is no such file, or is of replies."""
+    reference = load_reference(Path(file))
+    if reference.origin.over != "prompt":
+        raise MoesteerError(
+            f"{file} is of replies, and a server's headers come before the reply: fit one with"
+            " --over prompt."
+        )
+    return reference
 
 
 def read_admin_key(file: str | None) -> str | None:

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from dataclasses import dataclass, field
 
+from moesteer.monitoring.reference import Reference
 from moesteer.profile import ModelFacts, Profile
 
 ATTRIBUTE = "moesteer"
@@ -13,13 +14,14 @@ class Setup:
     """`profiles` to begin with; `facts` of the model, which later ones must fit.
 
     Without `admin_key` nothing can be loaded or removed. `failure` is where the middleware leaves
-    the reason if it can't begin.
+    the reason if it can't begin. `watch` is what every request is judged by, if any are.
     """
 
     profiles: dict[str, Profile]
     facts: ModelFacts
     admin_key: str | None = field(default=None, repr=False)
     failure: str | None = None
+    watch: Reference | None = None
 
 
 def setup_of(args: Namespace) -> Setup:

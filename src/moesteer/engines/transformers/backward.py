@@ -13,7 +13,10 @@ from moesteer.engines.transformers.routers import replace_forward
 
 @contextmanager
 def constant_weights(model: nn.Module) -> Iterator[None]:
-    """No weight takes part in gradients meanwhile."""
+    """No weight takes part in gradients meanwhile.
+
+    One that is offloaded, and was put back in inference mode, can't be marked again and stays out.
+    """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trained:
         weight.requires_grad_(False)
@@ -21,7 +24,8 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for weight in trained:
-            weight.requires_grad_(True)
+            if not weight.is_inference():
+                weight.requires_grad_(True)
 
 
 @contextmanager

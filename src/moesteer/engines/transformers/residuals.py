@@ -1,4 +1,4 @@
-"""The residual stream at the last tokens of texts: what enters each decoder layer there."""
+"""The residual stream at the last tokens of texts: what enters decoder layers there."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager

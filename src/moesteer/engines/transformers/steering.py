@@ -28,7 +28,7 @@ from moesteer.engines.transformers.routers import (
 from moesteer.engines.transformers.seam import Rows, SelectionCounts, SteeredLayer, Undo, observe
 from moesteer.engines.transformers.stream import Stream, find_stream
 from moesteer.errors import DidNotFire, MoesteerError
-from moesteer.profile import Expert, LayerShape, Profile, check_fits
+from moesteer.profile import Expert, LayerShape, Profile, check_fits, check_ungated
 
 UNSTEERED = Profile(name="unsteered")
 
@@ -80,6 +80,7 @@ class Steering:
         by_row = [profiles] if isinstance(profiles, Profile) else [p or UNSTEERED for p in profiles]
         distinct = list({id(profile): profile for profile in by_row}.values())
         for profile in distinct:
+            check_ungated(profile)
             check_fits(profile, layer_shapes(self._layers.values()))
         slots = max(len(distinct), len(self._profiles))
         directed = self._sites(distinct, slots)
@@ -191,7 +192,8 @@ def steer(
     its residual stream (`find_stream`); without them they are traced and self-tested now. `prompts`
     says how many columns of each row are its prompt, for directions with a window; without it the
     prompt is what runs before anything is cached. Raises MoesteerError where the model can't be
-    steered, is steered already, or a profile doesn't fit it.
+    steered, is steered already, a profile doesn't fit it, or a profile has a gate, which is decided
+    on a whole prompt before anything runs: `Engine.generate` does that.
     """
     if layers is None:
         layers = [] if is_dense(model) else checked_layers(model)

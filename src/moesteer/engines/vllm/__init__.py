@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def load_profile(llm: Any, name: str, profile: "Profile | str | Path") -> None:
     """Make a profile (or its file) known to a `vllm.LLM` under a name.
 
-    Raises MoesteerError where the engine can't be steered, the profile does not fit its model, or
-    the name is no name.
+    Raises MoesteerError where the engine can't be steered, the profile does not fit its model or
+    has a gate, or the name is no name.
     """
     from moesteer.engines.vllm.names import NAME, NAME_RULE
     from moesteer.profile import Profile, check_model
@@ -62,8 +62,13 @@ def send_profile(llm: Any, profile: "Profile") -> None:
     """Make a profile known to the workers; MoesteerError where they can't steer."""
     from moesteer.engines.vllm.payload import payload_of
 
+    send(llm, payload_of(profile))
+
+
+def send(llm: Any, payload: dict[str, Any]) -> None:
+    """Make what a payload says known to the workers; MoesteerError where they can't take it."""
     check_plugin(llm)
-    for refused in llm.collective_rpc("moesteer_load", args=(payload_of(profile),)):
+    for refused in llm.collective_rpc("moesteer_load", args=(payload,)):
         if refused is not None:
             raise MoesteerError(f"this engine can't take the profile: {refused}")
 

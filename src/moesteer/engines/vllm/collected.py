@@ -10,6 +10,7 @@ from typing import Any
 
 from moesteer.engines.evidence import DirectionEvidence, LayerEvidence
 from moesteer.errors import MoesteerError
+from moesteer.gate import Probe, RoutingProbe
 from moesteer.profile import ModelFacts, Profile
 
 Counts = Mapping[int, Sequence[float]]
@@ -73,6 +74,26 @@ def merged(by_worker: Sequence[Mapping[str, Any]], key: str) -> tuple[int, Count
     return tokens, counts, moves
 
 
+@dataclass(frozen=True)
+class Prompted:
+    """How one request's prompt was routed: of its `length` tokens, `tokens` were counted."""
+
+    length: int
+    tokens: int
+    selected: Counts
+
+
+def prompts_of(by_worker: Sequence[Mapping[str, Any]], key: str) -> list[Prompted]:
+    """The prompts that ran to their end under a key that watches them, a request each."""
+    found: dict[str, Prompted] = {}
+    for worker in by_worker:
+        for request, told in worker.get(key, {}).get("prompts", {}).items():
+            before = found[request].selected if request in found else {}
+            here = {int(layer): values for layer, values in told["selected"].items()}
+            found[request] = Prompted(told["length"], told["tokens"], {**before, **here})
+    return list(found.values())
+
+
 def evidence_of(
     profile: Profile, tokens: int, counts: Counts, moves: Moves
 ) -> list[LayerEvidence | DirectionEvidence]:
@@ -126,6 +147,18 @@ def directions_of(profile: Profile, moves: Moves) -> list[DirectionEvidence]:
                 )
             )
     return found
+
+
+def score_of(probe: Probe, by_worker: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """What a gate's probe read of the prompt of one request; None where no token was counted."""
+    tokens, counts, _ = merged(by_worker, key)
+    if not tokens:
+        return None
+    if isinstance(probe, RoutingProbe):
+        places = zip(probe.experts, probe.weights, strict=True)
+        return sum(w * counts[layer][expert] for (layer, expert), w in places) / tokens
+    read = [worker[key]["watched"] for worker in by_worker if key in worker]
+    return next((along for along in read if along is not None), None)
 
 
 def plus(one: Moves, other: Moves) -> Moves:

@@ -15,12 +15,13 @@ The seam is put in only where an engine was started with room for vectors (`sett
 its tables take rows × vectors × hidden numbers.
 
 What happened is measured on the device, by row: tokens, how far what was written moved along each
-column's vector, and what is left of the line that was projected out.
+column's vector, and what is left of the line that was projected out. A row may also *watch* a line
+and change nothing: then r̂ᵀx is all that is measured.
 """
 
 import functools
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from moesteer.engines.evidence import LEFT_OVER, left_over, rounding_share
 from moesteer.engines.vllm.stream import Stream
 from moesteer.engines.vllm.tables import Tables
 from moesteer.errors import MoesteerError
+from moesteer.gate import DirectionProbe
 from moesteer.profile import Profile
 
 VECTORS = 8
@@ -95,6 +97,8 @@ def room_for(profiles: Iterable[Profile]) -> int:
     needed = [0]
     for profile in profiles:
         check_possible(profile)
+        if profile.gate is not None and isinstance(profile.gate.probe, DirectionProbe):
+            needed.append(VECTORS)  # it reads the stream where directions are measured
         if profile.directions or profile.candidates is not None:  # they become directions
             needed.append(max(VECTORS, len(vectors_of(profile.directions))))
     return max(needed)
@@ -115,8 +119,9 @@ def check_possible(profile: Profile) -> None:
 class Ready:
     """What one profile's directions do in this worker, ready to be a row's.
 
-    The tables count a row's vectors from 1; 0 is none. `parts` are those it uses, `weighing` those
-    where experts weigh what is added.
+    The tables count a row's vectors from 1; 0 is none. `parts` are those it uses or watches,
+    `weighing` those where experts weigh what is added. A line that is `watched` stands in the table
+    of those that are `ablated`, at a part that is not `used`.
     """
 
     directions: tuple[Direction, ...]
@@ -127,6 +132,7 @@ class Ready:
     experts: Int[Tensor, "part phase weighted"]
     ablated: Int[Tensor, "part phase"]
     used: Bool[Tensor, "part phase"]
+    watched: Bool[Tensor, "part phase"]
 
 
 @dataclass
@@ -188,6 +194,7 @@ class Directed:
         self.experts = zeros(parts, 2 * rows, room, dtype=torch.int64)
         self.ablated = zeros(parts, 2 * rows, dtype=torch.int64)
         self.used = zeros(parts, 2 * rows, dtype=torch.bool)
+        self.watched = zeros(parts, 2 * rows, dtype=torch.bool)
         self.allowed = LEFT_OVER
         # What was measured, by row
         self.weighed = zeros(parts, 2 * rows, columns)
@@ -253,14 +260,28 @@ class Directed:
         for name, slot in slots.items():
             stacked[slot] = vectors[name].float()
         parts = used.any(-1).nonzero().flatten().tolist()
-        tables = (t.to(device) for t in (stacked, added, experts, ablated, used))
+        watched = torch.zeros_like(used)
+        tables = (t.to(device) for t in (stacked, added, experts, ablated, used, watched))
         return Ready(tuple(directions), parts, frozenset(weighing), *tables)
+
+    def watching(self, layer: int, vector: Sequence[float]) -> Ready:
+        """The tables of a row that changes nothing, and measures what enters a layer along a unit
+        vector; MoesteerError where that can't be."""
+        self.check([Direction(tuple(vector), ((layer, "input"),))])
+        ready = self.ready(())
+        ready.vectors[1] = torch.as_tensor(vector, dtype=torch.float32)
+        parts = self.numbers.get((layer, "input"), [])
+        for part in parts:
+            ready.ablated[part] = 1
+            ready.watched[part] = True
+        return replace(ready, parts=list(parts))
 
     def write(self, row: int, ready: Ready | None) -> None:
         """Let a row do this, and nothing else."""
         phases = slice(2 * row, 2 * row + 2)
         if ready is None:
             self.used[:, phases].zero_()
+            self.watched[:, phases].zero_()
             return
         first = row * (1 + self.room)
         self.vectors[first : first + 1 + self.room].copy_(ready.vectors)
@@ -268,6 +289,7 @@ class Directed:
         self.ablated[:, phases].copy_(ready.ablated).add_(first)
         self.experts[:, phases].copy_(ready.experts)
         self.used[:, phases].copy_(ready.used)
+        self.watched[:, phases].copy_(ready.watched)
 
     def use(self, profiles: Iterable[Ready]) -> None:
         """Say whose directions the next step needs."""
@@ -311,7 +333,8 @@ class Directed:
         )
         self.allowed = left_over(torch.finfo(part.dtype).eps)
         # Tokens that run a second time are not measured again; row 0 is thrown away.
-        seen = rows * used * (self.tables.counting_rows[:tokens] > 0)
+        measured = used | self.watched[number][rows]
+        seen = rows * measured * (self.tables.counting_rows[:tokens] > 0)
         self.weighed[number, :, :columns].index_add_(0, seen, weights)
         self.moved[number, :, :columns].index_add_(0, seen, moved)
         self.along[number].index_add_(0, seen, along)
@@ -330,6 +353,12 @@ class Directed:
     def clear(self, row: int) -> None:
         for table in (self.weighed, self.moved, self.along, self.rounding, self.left):
             table[:, 2 * row : 2 * row + 2].zero_()
+
+    def along_watched(self, seen: Seen) -> float | None:
+        """r̂ᵀx of the line that is watched, summed over the tokens that count; None without one."""
+        if not bool(seen.ready.watched.any()):
+            return None
+        return float(seen.along.sum())
 
     def told(self, seen: Seen) -> list[list[Any]]:
         """[direction, layer, place, tokens, moved, expected, rounding, left, allowed] of each

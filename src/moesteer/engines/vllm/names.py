@@ -10,11 +10,14 @@ import re
 from typing import Any
 
 from moesteer.engines.vllm.settings import KEY, settings_of
-from moesteer.profile import ModelFacts, Profile, check_model
+from moesteer.errors import MoesteerError
+from moesteer.gate import Probe
+from moesteer.profile import ModelFacts, Profile, check_model, check_ungated
 
 EVIDENCE_KEY = "moesteer_key"
 COUNT = "moesteer_count"
 KEEP = "moesteer_keep"
+WATCH = "moesteer_watch"
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 NAME_RULE = "a name has 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', '-', and no '.' in front"
 
@@ -27,12 +30,15 @@ class Names:
 
     `internal` are the other extra arguments that its requests may carry, none where clients write
     them: a key of its own keeps a request's evidence apart; routing counts and hidden states take
-    memory until they are fetched.
+    memory until they are fetched; `WATCH` is a key under which to keep how the prompt was routed.
+    `probes` are gates', by the same kind of names: a request that
+    names one is not steered, and counted where the probe reads its prompt.
     """
 
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
         self.profiles: dict[str, Profile] = {}
+        self.probes: dict[str, Probe] = {}
         self.internal: frozenset[str] = frozenset()
         self.facts: ModelFacts | None = None
 
@@ -48,12 +54,17 @@ class Names:
             for name, path in files.items():
                 profile = Profile.load(path)
                 check_model(profile, names.facts)
+                check_ungated(profile, "a vLLM engine that profiles are only loaded into")
                 names.add(name, profile)
         return names
 
     def add(self, name: str, profile: Profile) -> None:
         self.known[name] = profile.fingerprint
         self.profiles[name] = profile
+
+    def add_probe(self, name: str, probe: Probe) -> None:
+        self.known[name] = name
+        self.probes[name] = probe
 
     def remove(self, name: str) -> None:
         del self.known[name], self.profiles[name]
@@ -74,23 +85,31 @@ class Names:
         if unknown:
             raise _invalid(f"extra argument {_short(unknown[0])} is not known", KEY)
         name, key, count = (ours.get(k) for k in (KEY, EVIDENCE_KEY, COUNT))
-        keep = ours.get(KEEP, [])
+        keep, watch = ours.get(KEEP, []), ours.get(WATCH)
         fingerprint = None if name is None else self._fingerprint(name)
-        if not isinstance(key, str | None):
-            raise _invalid(f"{EVIDENCE_KEY} must be a string", EVIDENCE_KEY)
-        if fingerprint is None and count is None and not keep:
+        for word, value in ((EVIDENCE_KEY, key), (WATCH, watch)):
+            if not isinstance(value, str | None):
+                raise _invalid(f"{word} must be a string", word)
+        if fingerprint is None and count is None and not keep and watch is None:
             params.extra_args = extra or None
             return
+        tokens = len(request.prompt_token_ids or ())
+        probe = None if fingerprint is None else self.probes.get(fingerprint)
+        if probe is not None:
+            count = {"counted": "top-k", "spans": [_span(probe, tokens)]}
+        if probe is not None or watch is not None:
+            params.skip_reading_prefix_cache = True  # cached tokens pass no router
         extra[KEY] = {
             "fingerprint": fingerprint,
             "key": key or fingerprint or request.request_id,
             "count": count,
             "keep": keep,
+            "watch": watch,
             # Of a text that is read, the prompt ends before the first token that is asked for.
-            "prompt": min(keep, default=len(request.prompt_token_ids or ())),
+            "prompt": min(keep, default=tokens),
         }
         params.extra_args = extra
-        if fingerprint is not None:
+        if fingerprint is not None and probe is None:  # what a probe leaves there is unsteered
             request.cache_salt = f"{KEY}:{fingerprint}:{request.cache_salt or ''}"
 
     def _fingerprint(self, name: object) -> str:
@@ -107,6 +126,13 @@ class Names:
                 KEY,
             )
         return fingerprint
+
+
+def _span(probe: Probe, tokens: int) -> list[int]:
+    try:
+        return list(probe.span(tokens))
+    except MoesteerError as error:
+        raise _invalid(str(error).removesuffix("."), KEY) from None
 
 
 def _short(text: str) -> str:

@@ -1,17 +1,23 @@
-"""What a profile does to the model, as it travels to vLLM's workers: numbers, words and bytes."""
+"""What a profile does to the model, or a gate's probe reads of it, as it travels to vLLM's workers:
+numbers, words and bytes."""
 
+import json
 from dataclasses import asdict
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
 
 from moesteer.direction import Direction
 from moesteer.engines.vllm.directions import check_possible
-from moesteer.profile import Profile
+from moesteer.gate import DirectionProbe, Probe
+from moesteer.profile import Profile, check_ungated
 
 
 def payload_of(profile: Profile) -> dict[str, Any]:
-    """Raises MoesteerError where the profile asks for what vLLM can't do."""
+    """Raises MoesteerError where the profile asks for what vLLM can't do, or has a gate: that is
+    asked in the frontend, by an engine of moesteer's or by `moesteer serve`."""
+    check_ungated(profile, "a vLLM engine that profiles are only loaded into")
     check_possible(profile)
     experts = {
         "activated": [list(expert) for expert in profile.activated],
@@ -24,6 +30,18 @@ def payload_of(profile: Profile) -> dict[str, Any]:
         for direction in profile.directions
     ]
     return {"fingerprint": profile.fingerprint, "experts": experts, "directions": directions}
+
+
+def payload_of_probe(probe: Probe) -> dict[str, Any]:
+    """A profile that does nothing, under which requests are counted as the probe needs it; with the
+    vector that is watched, and what enters which layer, where it reads the stream."""
+    payload = payload_of(Profile())
+    does = {"kind": type(probe).__name__, **asdict(probe)}
+    payload["fingerprint"] = f"probe-{sha256(json.dumps(does).encode()).hexdigest()[:16]}"
+    if isinstance(probe, DirectionProbe):
+        vector = np.array(probe.vector, dtype=np.float64).tobytes()
+        payload["watched"] = {"layer": probe.layer, "vector": vector}
+    return payload
 
 
 def profile_from(payload: dict[str, Any]) -> Profile:

@@ -11,7 +11,7 @@ A token is counted once, also where a preempted request runs through its prompt 
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 class Known:
     """What a profile does, and its masks [layer, expert] on the device, ready to be a row; `lifted`
     and `lowered` are the numbers of the layers where it activates and deactivates experts,
-    `directed` what its directions do, None where it has none."""
+    `directed` what its directions do, or what a gate's probe watches, None where it has none."""
 
     does: Profile
     activated: Tensor
@@ -53,14 +53,18 @@ class Request:
     """A running request of ours: `row` None while it has none; `counted_to`: first token not yet
     counted; `target`: positions that count, None for all; `keep`: positions whose
     prediction is to be read; `prompt`: how many tokens the prompt has; `unfolded`: whether it ran
-    since its row was last folded."""
+    since its row was last folded; `watch`: the key under which to keep how its prompt was routed,
+    None where nobody asks or it is kept already; `prompted`: what was folded of it so far."""
 
+    id: str
     key: str
     prompt: int
     profile: Known | None
     counted: Counted
     target: np.ndarray | None
     keep: tuple[int, ...] = ()
+    watch: str | None = None
+    prompted: "Result | None" = None
     row: int | None = None
     counted_to: int = 0
     unfolded: bool = False
@@ -111,6 +115,8 @@ class Rows:
         self.requests: dict[str, Request | None] = {}
         self.free = list(range(1, tables.tokens.shape[0]))
         self.results: OrderedDict[str, Result] = OrderedDict()
+        # By key and request: how long each watched prompt is, and how it was routed
+        self.prompts: OrderedDict[str, dict[str, tuple[int, Result]]] = OrderedDict()
         self._filled = 0  # tokens of the tables that hold rows of the last step
         self._step: list[Run] = []
 
@@ -119,16 +125,23 @@ class Rows:
 
         Raises MoesteerError for directions that this engine has no place for.
         """
-        loaded = profile_from(payload)
-        if loaded.directions and self.directed is None:
+        loaded, watched = profile_from(payload), payload.get("watched")
+        if (loaded.directions or watched is not None) and self.directed is None:
+            has = (
+                "its gate reads the residual stream" if watched is not None else "it has directions"
+            )
             raise MoesteerError(
-                "it has directions, and the engine was started without room for them. Start it with"
+                f"{has}, and the engine was started without room for directions. Start it with"
                 ' additional_config={"moesteer": {"directions": 8}}, or with a profile that has'
                 " some (--with, --profile)."
             )
         if self.directed is not None:
             self.directed.check(loaded.directions)
-        self.known[loaded.name] = self._ready(loaded)
+        known = self._ready(loaded)
+        if watched is not None and self.directed is not None:
+            vector = np.frombuffer(watched["vector"]).tolist()
+            known = replace(known, directed=self.directed.watching(watched["layer"], vector))
+        self.known[loaded.name] = known
 
     def forget(self, ended: Iterable[str]) -> None:
         """Requests that have ended: what they counted is kept under their keys."""
@@ -154,7 +167,7 @@ class Rows:
         """Say whose tokens the next step runs: `scheduled` of each request, after `computed`."""
         for request_id in request_ids:
             if request_id not in self.requests:
-                self.requests[request_id] = self._request(extra_args(request_id))
+                self.requests[request_id] = self._request(request_id, extra_args(request_id))
         batch = [self.requests[request_id] for request_id in request_ids]
         tables = self.tables
         self._step = []
@@ -237,6 +250,8 @@ class Rows:
                     if run.start < position <= run.end:
                         place = run.offset + position - 1 - run.start
                         self.readings.keep(request.key, position, hidden[place])
+            if request.watch is not None and 0 < request.prompt <= run.end:
+                self._keep_prompt(request, request.watch)
         self._step = []
         # A rank that waits for others runs made-up tokens now, which must not be added up.
         tables.any_probability = False
@@ -252,18 +267,30 @@ class Rows:
         found = {}
         for key in wanted & set(self.results):
             result = self.results.pop(key)
-            values = result.values.tolist()
             found[key] = {
-                "tokens": int(result.tokens),
-                "selected": {
-                    shape.layer: values[number][: shape.experts]
-                    for number, shape in enumerate(self.layers)
-                },
+                **self._selections(result),
                 "directed": self._told(result),
+                "watched": self._along_watched(result),
+            }
+        for key in wanted & set(self.prompts):
+            nothing = {"tokens": 0, "selected": {}, "directed": [], "watched": None}
+            found.setdefault(key, nothing)["prompts"] = {
+                request_id: {"length": length, **self._selections(result)}
+                for request_id, (length, result) in self.prompts.pop(key).items()
             }
         return found
 
-    def _request(self, extra_args: dict[str, Any] | None) -> Request | None:
+    def _selections(self, result: Result) -> dict[str, Any]:
+        values = result.values.tolist()
+        return {
+            "tokens": int(result.tokens),
+            "selected": {
+                shape.layer: values[number][: shape.experts]
+                for number, shape in enumerate(self.layers)
+            },
+        }
+
+    def _request(self, request_id: str, extra_args: dict[str, Any] | None) -> Request | None:
         ours = (extra_args or {}).get("moesteer")
         if not isinstance(ours, dict):
             return None
@@ -273,11 +300,13 @@ class Rows:
             # Raised here, it would end the engine. Uncounted, the request proves nothing.
             logger.error("a request names profile %s, which was never loaded here", fingerprint)
             return None
-        if count is None:
-            return Request(ours["key"], ours["prompt"], profile, "top-k", None, keep)
-        assert count["counted"] in get_args(Counted)
-        target = np.concatenate([np.arange(start, end) for start, end in count["spans"]] or [[]])
-        return Request(ours["key"], ours["prompt"], profile, count["counted"], target, keep)
+        counted, target = "top-k", None
+        if count is not None:
+            counted, spans = count["counted"], count["spans"]
+            assert counted in get_args(Counted)
+            target = np.concatenate([np.arange(start, end) for start, end in spans] or [[]])
+        key, prompt, watch = ours["key"], ours["prompt"], ours.get("watch")
+        return Request(request_id, key, prompt, profile, counted, target, keep, watch)
 
     def _ready(self, does: Profile) -> Known:
         numbers = {shape.layer: number for number, shape in enumerate(self.layers)}
@@ -355,6 +384,13 @@ class Rows:
         seen = None
         if self.directed is not None and ready is not None:
             seen = self.directed.take(row, ready)
+        if request.watch is not None:  # nothing but its prompt has run yet
+            if request.prompted is None:
+                request.prompted = Result(tokens, values, None)
+            else:
+                request.prompted.add(tokens, values, None)
+            if request.profile is None:
+                return
         if request.key in self.results:
             self.results[request.key].add(tokens, values, seen)
             self.results.move_to_end(request.key)
@@ -363,11 +399,32 @@ class Rows:
         while len(self.results) > KEPT_RESULTS:
             self.results.popitem(last=False)
 
+    def _keep_prompt(self, request: Request, watch: str) -> None:
+        """All of a watched prompt has run, and nothing else: keep how it was routed.
+
+        What is only watched is let go of, so that generating costs nothing.
+        """
+        self._fold(request)
+        request.watch = None
+        if request.prompted is not None:
+            kept = self.prompts.setdefault(watch, {})
+            kept[request.id] = (request.prompt, request.prompted)
+        while len(self.prompts) > KEPT_RESULTS:
+            self.prompts.popitem(last=False)
+        if request.profile is None:
+            self._release(request)
+            self.requests[request.id] = None
+
     def _told(self, result: Result) -> list[list[Any]]:
         """What each direction did at each of its sites: see `Directed.told`."""
         if self.directed is None or result.seen is None:
             return []
         return self.directed.told(result.seen)
+
+    def _along_watched(self, result: Result) -> float | None:
+        if self.directed is None or result.seen is None:
+            return None
+        return self.directed.along_watched(result.seen)
 
     def _top_1_rows(self) -> Tensor:
         rows = torch.zeros(self.tables.tokens.shape[0], dtype=torch.bool)

@@ -1,0 +1,103 @@
+"""Which prompts open a profile's gate, and what that means for engines: each of them runs what is
+steered under the profile without its gate, and the rest under none."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from moesteer.engines.readouts import Readout
+from moesteer.gate import Gate
+from moesteer.gating.scoring import BATCH, scores
+from moesteer.profile import Profile
+
+if TYPE_CHECKING:
+    from moesteer.chat import TokenisedConversation
+    from moesteer.engines.base import Engine
+
+
+def opens(
+    engine: "Engine", prompts: Sequence[Sequence[int]], gate: Gate, batch_size: int = BATCH
+) -> list[bool]:
+    """Whether each prompt, given as token ids, opens the gate.
+
+    Raises MoesteerError where a score is not finite, or a prompt too short for the gate's position.
+    """
+    found = scores(engine, prompts, gate.probe, batch_size)
+    return [gate.opens(float(score)) for score in found]
+
+
+def has_gate(profiles: Sequence[Profile | None]) -> bool:
+    return any(profile is not None and profile.gate is not None for profile in profiles)
+
+
+def behind_gates(
+    engine: "Engine",
+    prompts: Sequence[Sequence[int]],
+    profiles: Sequence[Profile | None],
+    batch_size: int = BATCH,
+) -> tuple[list[Profile | None], list[bool] | None]:
+    """What each prompt is to run under, none of it with a gate; and whether a profile steers it,
+    None where no profile has a gate."""
+    decided = list(profiles)
+    if not has_gate(profiles):
+        return decided, None
+    for profile in {id(p): p for p in profiles if p is not None and p.gate is not None}.values():
+        assert profile.gate is not None
+        mine = [number for number, own in enumerate(profiles) if own is profile]
+        plain = profile.ungated
+        opened = opens(engine, [prompts[n] for n in mine], profile.gate, batch_size)
+        for number, steered in zip(mine, opened, strict=True):
+            decided[number] = plain if steered else None
+    return decided, [profile is not None and profile.steers for profile in decided]
+
+
+def read_behind_gates(
+    engine: "Engine",
+    readouts: Sequence[Readout],
+    profiles: Sequence[Profile | None],
+    progress: Callable[[int], None] | None = None,
+) -> Float[np.ndarray, "profile readout"]:
+    """`Engine.read` where some profiles have gates: a text's prompt is what stands before its first
+    term; one without terms has no value to be read."""
+    values = np.zeros((len(profiles), len(readouts)))
+    plain = [row for row, profile in enumerate(profiles) if not has_gate([profile])]
+    if plain:
+        values[plain] = engine.read(readouts, [profiles[row] for row in plain], progress=progress)
+    read = [number for number, readout in enumerate(readouts) if readout.terms]
+    prompts = [_prompt_of(readouts[number]) for number in read]
+    for row, profile in enumerate(profiles):
+        if profile is None or row in plain:
+            continue
+        if progress is not None:
+            progress(len(readouts) - len(read))
+        decided, _ = behind_gates(engine, prompts, [profile] * len(read))
+        for under in {id(p): p for p in decided}.values():
+            mine = [n for n, own in zip(read, decided, strict=True) if own is under]
+            part = [readouts[number] for number in mine]
+            values[row, mine] = engine.read(part, [under], progress=progress)[0]
+    return values
+
+
+def divergence_behind_gate(
+    engine: "Engine",
+    conversations: "Sequence[TokenisedConversation]",
+    texts: Sequence[Readout],
+    profile: Profile,
+) -> Float[np.ndarray, " conversation"]:
+    """`Engine.divergence` under a profile with a gate: what it leaves alone does not diverge.
+
+    `texts` are the conversations' readouts, which say where each prompt ends.
+    """
+    found = np.zeros(len(conversations))
+    prompts = [_prompt_of(text) for text in texts]
+    decided, _ = behind_gates(engine, prompts, [profile] * len(prompts))
+    mine = [number for number, under in enumerate(decided) if under is not None]
+    if mine:
+        found[mine] = engine.divergence([conversations[n] for n in mine], profile.ungated)
+    return found
+
+
+def _prompt_of(readout: Readout) -> tuple[int, ...]:
+    return readout.ids[: min(term.position for term in readout.terms)]

@@ -35,10 +35,11 @@ def counted_progress(title: str, unit: str) -> Iterator[Callable[[int, int], Non
             TextColumn("left"),
         ]
         with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task(title, total=None, rate=0.0, unit=unit)
+            # A line is drawn as soon as it is there, and how much there is to do is not yet known.
+            task = progress.add_task(title, total=0, rate=0.0, unit=unit, visible=False)
 
             def report(read: int, total: int) -> None:
-                progress.update(task, completed=read, total=total, rate=rate(read))
+                progress.update(task, completed=read, total=total, rate=rate(read), visible=True)
 
             yield report
         return

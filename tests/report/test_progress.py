@@ -1,0 +1,50 @@
+"""Progress as it is drawn on a terminal: a real one, by its own device."""
+
+import contextlib
+import os
+import pty
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from moesteer.report.progress import counted_progress, steps
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """Standard error is a terminal; the function reads what was drawn there so far."""
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+    monkeypatch.setenv("TERM", "xterm")
+    stream = os.fdopen(theirs, "w")
+    monkeypatch.setattr(sys, "stderr", stream)
+
+    def drawn() -> str:
+        try:
+            return os.read(ours, 100_000).decode()
+        except BlockingIOError:
+            return ""
+
+    yield drawn
+    os.close(ours)
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        stream.close()
+
+
+def test_a_line_on_a_terminal(terminal: Callable[[], str]) -> None:
+    with counted_progress("detect", "tokens") as report:
+        report(0, 4000)
+        report(1000, 4000)
+    assert "1,000/4,000 tokens" in terminal()
+
+
+def test_work_that_ends_before_it_says_anything(terminal: Callable[[], str]) -> None:
+    with counted_progress("detect", "tokens"):
+        pass
+
+
+def test_steps_on_a_terminal(terminal: Callable[[], str]) -> None:
+    with steps("demo") as step:
+        step("finding experts")
+    assert "finding experts" in terminal()

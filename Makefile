@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 BIN_VLLM := .venv-vllm/bin
 
-.PHONY: demo test test-slow check vllm test-vllm docs testbed reference bench bench-vllm release-check clean
+.PHONY: demo test test-slow check vllm test-vllm docs reproduce testbed reference bench bench-vllm release-check clean
 
 demo: .venv/installed
 	$(BIN)/moesteer demo
@@ -31,11 +31,21 @@ vllm: .venv-vllm/installed
 test-vllm: .venv-vllm/installed
 	$(BIN_VLLM)/basedpyright --project tests_vllm
 	$(BIN_VLLM)/pytest tests_vllm
+	$(BIN_VLLM)/python scripts/run_blocks.py docs/how-to/vllm.md docs/how-to/serving.md
 
-# Runs every block of the documentation, then builds it: build/site/index.html.
+# Runs every block of the documentation and the notebooks, then builds it: build/site/index.html.
 docs: .venv/installed-dev
 	$(BIN)/python scripts/run_blocks.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter execute examples/*.ipynb
 	$(BIN)/zensical build --strict
+
+# Walks the roads of the three papers on the bundled models: build/reproduce/*/tables.md.
+reproduce: .venv/installed
+	rm -rf build/reproduce
+	mkdir -p build/reproduce
+	$(BIN)/moesteer reproduce steermoe --model testbed --out build/reproduce/steermoe
+	$(BIN)/moesteer reproduce expert-refusal --model testbed --out build/reproduce/expert-refusal
+	$(BIN)/moesteer reproduce rationales --model testbed --out build/reproduce/rationales
 
 # Retrains the five bundled models into build/testbed (two hours on one core).
 testbed: .venv/installed
@@ -47,8 +57,9 @@ reference: .venv/installed-dev
 	$(BIN)/python scripts/architectures.py
 	$(BIN)/python scripts/commands.py
 
-bench: .venv/installed-dev
+bench: .venv/installed-dev .venv-vllm/installed
 	$(BIN)/python benchmarks/run.py
+	$(BIN_VLLM)/python benchmarks/run.py on_vllm
 
 bench-vllm: .venv-vllm/installed
 	$(BIN_VLLM)/python benchmarks/run.py on_vllm

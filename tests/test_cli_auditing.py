@@ -167,6 +167,13 @@ def test_what_cannot_be_audited_is_refused(
     assert message in refused("audit", model_folder, *arguments).err
 
 
+@pytest.mark.parametrize("layers", [0, 9])
+def test_a_number_of_layers_is_refused_before_a_folder_is_made(refused: Run, layers: int):
+    said = refused("audit", "testbed", "--out", "out", "--layers", layers, *small())
+    assert f"{layers} layers are to be gone into; the model has 4" in said.err
+    assert not Path("out").exists()
+
+
 def test_pairs_among_the_prompts_are_warned_of(run: Run):
     said = run(
         *("audit", "testbed", "--out", "out", "--pairs", "testbed:refusal:test"),

@@ -126,6 +126,7 @@ def test_a_gate_is_replaced(gated, run: Run) -> None:
         (("--opens", "nowhere.txt"), "nowhere.txt"),
         (("--out", "refuse"), "refuse"),
         (("--by", "mood"), "mood"),
+        (("--by", "direction", "--last", "5"), "--last is for --by routing"),
         (("--engine", "vllm", "--by", "direction"), "vLLM does not show; make the gate with"),
     ],
 )

@@ -8,6 +8,7 @@ from as_user import Run
 from moesteer.engines.tiny import tiny_model
 
 SMALL = ("--pair-tokens", 12, "--prompt-tokens", 8, "--new-tokens", 4, "--batch-size", 2)
+GIVEN = "memory=80GB,tflops=400,bandwidth=3TB"
 
 
 def test_a_plan_of_this_machine(run: Run, model_folder: Path) -> None:
@@ -42,6 +43,9 @@ def test_a_plan_of_another_machine(run: Run, tmp_path: Path) -> None:
         (("--pairs", 4, "--new-tokens", 4000), "over the context"),
         (("--pairs", 4, "--hardware", "an H100"), "memory=80GB,tflops=400"),
         (("--pairs", 4, "--device", "cuda:7"), "cuda:7"),
+        (("--pairs", 4, "--device", "gpu"), "--device is 'gpu'; it names a device"),
+        (("--pairs", 4, "--hardware", f"{GIVEN},memory=1GB"), "is not of the form"),
+        (("--pairs", 4, "--hardware", GIVEN, "--device", "cpu"), "give one of them"),
     ],
 )
 def test_what_can_t_be_planned(

@@ -32,6 +32,12 @@ def test_a_port_that_is_taken_is_refused(refused: Run):
     assert "from 0 to 65535" in refused("play", "testbed", "--port", 70000).err
 
 
+def test_a_host_that_can_be_none_is_refused(refused: Run, in_tmp_path: Path):
+    (in_tmp_path / "secret").write_text("open sesame")
+    said = refused("play", "testbed", "--host", "é" * 80, "--password-file", "secret")
+    assert "is no name of a machine" in said.err
+
+
 def test_profiles_are_checked_first(refused: Run, made: dict[str, Path]):
     assert "no such profile file" in refused("play", "testbed", "--with", "none").err
     said = refused("play", "testbed", "--with", made["chosen"], made["scored"], "--port", 0)

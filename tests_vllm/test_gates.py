@@ -16,6 +16,7 @@ from engine import steerable
 from moesteer import testbed
 from moesteer.chat import TokenisedConversation
 from moesteer.directions.prompts import draw_sets, read_prompt_set
+from moesteer.engines.probing import scores
 from moesteer.engines.readouts import mean_log_probability
 from moesteer.engines.transformers_engine import TransformersEngine, load_transformers
 from moesteer.engines.vllm import load_profile
@@ -25,7 +26,6 @@ from moesteer.engines.vllm_engine import VllmEngine
 from moesteer.errors import MoesteerError
 from moesteer.gate import DirectionProbe, Gate, RoutingProbe
 from moesteer.gating.fitting import fit_gate
-from moesteer.gating.scoring import scores
 from moesteer.profile import Profile
 
 STEP = 64

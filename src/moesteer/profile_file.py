@@ -222,7 +222,7 @@ def _gate(path: Path, told: object, arrays: Mapping[str, np.ndarray]) -> dict[st
                 f"{path} has {GATE_NUMBERS}, but its header says nothing of a gate."
             )
         return None
-    keys = GATE_KEYS.get(told["kind"]) if isinstance(told, dict) and "kind" in told else None
+    keys = GATE_KEYS.get(str(told.get("kind"))) if isinstance(told, dict) else None
     if not isinstance(told, dict) or keys is None:
         raise MoesteerError(f"{path}: gate is of none of the kinds {' and '.join(GATE_KEYS)}.")
     if numbers is None or numbers.ndim != 1:

@@ -164,7 +164,7 @@ def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
 
 def test_replies_that_are_all_alike_are_refused(engine, tmp_path: Path) -> None:
     source = write(tmp_path / "pairs.jsonl", 40, "No, never.", "Yes, sure.")
-    with pytest.raises(MoesteerError, match="all its replies of a side are alike"):
+    with pytest.raises(MoesteerError, match="all replies of a side are alike"):
         decisions(engine, source)
 
 

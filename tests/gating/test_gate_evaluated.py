@@ -7,13 +7,13 @@ import pytest
 
 from moesteer import testbed
 from moesteer.directions.prompts import as_read, draw_sets, read_prompt_set
+from moesteer.engines.opening import opens
 from moesteer.engines.transformers_engine import load_transformers
 from moesteer.errors import MoesteerWarning
 from moesteer.evaluation.cards import read_card
 from moesteer.evaluation.comparison import Comparison, pool_of
 from moesteer.evaluation.evaluate import evaluate
 from moesteer.gating.fitting import fit_gate
-from moesteer.gating.opening import opens
 from moesteer.profile import Profile
 from moesteer.report.terminal import print_text
 from moesteer.report.verdict import control_pools

@@ -8,11 +8,11 @@ import pytest
 
 from moesteer.contrast import Message
 from moesteer.directions.prompts import PromptSets, draw_sets, read_prompt_set
+from moesteer.engines.probing import scores, selection_shares
 from moesteer.engines.transformers_engine import TransformersEngine, load_transformers
 from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.gate import DirectionProbe, RoutingProbe
 from moesteer.gating.fitting import STRONGEST, fit_gate
-from moesteer.gating.scoring import scores, selection_shares
 from moesteer.generate import Prompt
 
 

@@ -149,6 +149,7 @@ Change = Callable[[dict[str, Any], dict[str, np.ndarray]], object]
         (lambda h, a: h["gate"].pop("last"), "last of gate is missing"),
         (lambda h, a: h["gate"].update(layer=1), "layer of gate is unknown"),
         (lambda h, a: h["gate"].update(kind="mood"), "gate is of none of the kinds routing and"),
+        (lambda h, a: h["gate"].update(kind=["routing"]), "gate is of none of the kinds"),
         (lambda h, a: h.update(gate=3), "gate is of none of the kinds"),
         (lambda h, a: a.pop("gate.numbers"), "lacks the tensor gate.numbers"),
         (lambda h, a: h.pop("gate"), "gate.numbers, but its header says nothing of a gate"),

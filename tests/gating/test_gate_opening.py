@@ -13,6 +13,8 @@ from moesteer import testbed
 from moesteer.chat import TokenisedConversation
 from moesteer.direction import Candidates
 from moesteer.directions.prompts import AskedPrompt, as_read, read_prompt_set
+from moesteer.engines.opening import opens
+from moesteer.engines.probing import scores
 from moesteer.engines.readouts import Readout, Term, mean_log_probability
 from moesteer.engines.transformers.steering import steer
 from moesteer.engines.transformers_engine import TransformersEngine, load_transformers
@@ -21,8 +23,6 @@ from moesteer.evaluation.cards import read_card
 from moesteer.evaluation.direction_search import direction_search
 from moesteer.evaluation.search import search
 from moesteer.gate import DirectionProbe, Gate, RoutingProbe
-from moesteer.gating.opening import opens
-from moesteer.gating.scoring import scores
 from moesteer.profile import Profile, Scores
 from moesteer.rationale.explain import Settings, explain
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from moesteer.engines.probing import scores, selection_shares
 from moesteer.engines.transformers_engine import TransformersEngine, load_transformers
 from moesteer.errors import MoesteerError
 from moesteer.gate import DirectionProbe, RoutingProbe
-from moesteer.gating.scoring import scores, selection_shares
 
 PROMPTS = [tuple(range(5 + n, 5 + 3 * n)) for n in (4, 9, 1, 6, 2)]
 LAST = [None, 1, 3, 50]

@@ -271,3 +271,12 @@ def test_what_it_can_not_steer_is_refused(engine: TransformersEngine) -> None:
         SteeredLM(engine, gated)
     with pytest.raises(MoesteerError, match="merge the adapter"):
         SteeredLM("testbed", peft="adapter")
+
+
+def test_a_model_in_several_processes_is_refused(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HFLM calls the model itself, and the other processes would be waited for for ever."""
+    monkeypatch.setattr(engine.model, "_tp_size", 2)
+    with pytest.raises(MoesteerError, match="split over 2 processes"):
+        SteeredLM(engine)

@@ -10,6 +10,7 @@ from made_evaluation import evaluation
 
 from made_profiles import MODEL, directed, full
 from moesteer.errors import MoesteerError
+from moesteer.gate import Gate, RoutingProbe
 from moesteer.hub.push import lay_out
 from moesteer.profile import LayerShape, ModelFacts, Profile
 from moesteer.runs import open_run
@@ -129,6 +130,12 @@ def test_scores_of_what_is_steered_come_first(tmp_path: Path):
     experts = [int(line.split("|")[3]) for line in lines]
     assert experts == [*range(22), 31, 32]
     assert [line.split("|")[-2].strip() for line in lines[-2:]] == ["activated", "deactivated"]
+
+
+def test_a_gate_is_explained(tmp_path: Path):
+    gate = Gate(RoutingProbe(((1, 2),), (1.0,)), 0.5)
+    loaded = card(replace(full(), gate=gate), tmp_path)
+    assert "It has a gate: a request is steered" in section(loaded, "What it steers")
 
 
 def test_the_commands_stand_there_without_folders(tmp_path: Path):

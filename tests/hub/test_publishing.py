@@ -163,6 +163,10 @@ def test_an_adapter_in_a_folder_is_no_model_of_the_hub(tmp_path, monkeypatch: py
 def test_another_name_for_a_known_model_is_refused():
     with pytest.raises(MoesteerError, match="made on org/model, revision abc, and not on org/o"):
         base_model_of(full(), "org/other")
+    bundled = replace(full(), model=replace(MODEL, id="testbed", revision=None))
+    assert base_model_of(bundled, None) is None
+    with pytest.raises(MoesteerError, match="comes with moesteer and is not on the Hub"):
+        base_model_of(bundled, "org/other")
 
 
 @pytest.mark.parametrize("name", ["", "name", "a/b/c", "/home/me", "a b/c", "org/-x-", "a/b.git"])

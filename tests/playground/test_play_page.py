@@ -254,3 +254,14 @@ def test_a_port_that_is_taken_is_an_error():
     for port in (-1, 65536):
         with pytest.raises(MoesteerError, match="from 0 to 65535"):
             listen("127.0.0.1", port)
+
+
+def test_a_model_in_several_processes_is_refused(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page calls the model itself, and the other processes would be waited for for ever."""
+    from moesteer.playground.page import build
+
+    monkeypatch.setattr(engine.model, "_tp_size", 2)
+    with pytest.raises(MoesteerError, match="split over 2 processes, and replies that grow"):
+        build(Played(engine))

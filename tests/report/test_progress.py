@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pty
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,20 +10,23 @@ import pytest
 from moesteer.report.progress import counted_progress, steps
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """Standard error is a terminal; the function reads what was drawn there so far."""
+    """Standard error is a terminal; the function reads what was drawn there so far.
+
+    No fixture: pytest puts its own standard error in place after fixtures.
+    """
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
     monkeypatch.setenv("TERM", "xterm")
     stream = os.fdopen(theirs, "w")
-    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("sys.stderr", stream)
 
     def drawn() -> str:
-        try:
+        stream.flush()
+        with contextlib.suppress(BlockingIOError):
             return os.read(ours, 100_000).decode()
-        except BlockingIOError:
-            return ""
+        return ""
 
     yield drawn
     os.close(ours)
@@ -32,19 +34,21 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
         stream.close()
 
 
-def test_a_line_on_a_terminal(terminal: Callable[[], str]) -> None:
-    with counted_progress("detect", "tokens") as report:
-        report(0, 4000)
-        report(1000, 4000)
-    assert "1,000/4,000 tokens" in terminal()
+def test_a_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as drawn:
+        with counted_progress("detect", "tokens") as report:
+            report(0, 4000)
+            report(1000, 4000)
+        assert "1,000/4,000 tokens" in drawn()
 
 
-def test_work_that_ends_before_it_says_anything(terminal: Callable[[], str]) -> None:
-    with counted_progress("detect", "tokens"):
+def test_work_that_ends_before_it_says_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch), counted_progress("detect", "tokens"):
         pass
 
 
-def test_steps_on_a_terminal(terminal: Callable[[], str]) -> None:
-    with steps("demo") as step:
-        step("finding experts")
-    assert "finding experts" in terminal()
+def test_steps_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as drawn:
+        with steps("demo") as step:
+            step("finding experts")
+        assert "finding experts" in drawn()

@@ -50,6 +50,7 @@ from moesteer.auditing.robustness import (
 )
 from moesteer.contrast import pairs_hash
 from moesteer.detection.comparing import drawn
+from moesteer.detection.knocking import layers_to_enter
 from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.evaluation.cards import Card
 from moesteer.evaluation.comparison import STEERED, Comparison, TaskFacts, compare, pool_of
@@ -154,6 +155,7 @@ def audit(
     pair don't part.
     """
     check_numbers(pairs_used=pairs_used, most=most, seeds=seeds, batch_size=batch_size, limit=limit)
+    layers_to_enter(engine.facts.layers, layers)
     files, options = dict(data or {}), dict(chat_options or {})
     cards = [replace(target, role="target"), *(replace(card, role="price") for card in prices)]
     cards = with_prices(cards, files)

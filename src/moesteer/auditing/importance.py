@@ -172,8 +172,9 @@ def read_decisions(
     shams = _sham_readouts(engine, fit, towards_a.tolist(), chat_options)
     if not shams:
         raise MoesteerError(
-            f"{source}: all its replies of a side are alike, so there are no decisions that are not"
-            " about the behaviour to compare with; give pairs with more than one reply of a side."
+            f"{source}: all replies of a side are alike in the {len(fit)} pairs that are used, so"
+            " there are no decisions that are not about the behaviour to compare with; give pairs"
+            " with more than one reply of a side, or use more of them (--pairs-used)."
         )
     return Decisions(source, fit, readouts, shams, _readouts(engine, dev, chat_options))
 

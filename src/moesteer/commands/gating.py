@@ -79,6 +79,8 @@ def gate(
             "a direction is fitted to what enters every layer, which vLLM does not show; make the"
             " gate with --engine transformers. vLLM runs it then."
         )
+    if by == "direction" and last != 1:
+        raise MoesteerError("--last is for --by routing; a direction is read at the last token.")
     check_limits(1, 0, batch_size, seed)
     check_least(0, last=last)
     check_out(out, with_, opens, keeps_shut)

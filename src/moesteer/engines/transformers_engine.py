@@ -23,6 +23,12 @@ from moesteer.engines.checkpoint import (
 )
 from moesteer.engines.evidence import DirectionEvidence, LayerEvidence, summed
 from moesteer.engines.facts import facts_of_model
+from moesteer.engines.opening import (
+    behind_gates,
+    divergence_behind_gate,
+    has_gate,
+    read_behind_gates,
+)
 from moesteer.engines.prompts import check_lengths, check_projection, one_each
 from moesteer.engines.readouts import Readout, check_readouts, mean_log_probability
 from moesteer.engines.transformers.adapters import load_adapter, require_peft
@@ -58,12 +64,6 @@ from moesteer.engines.transformers.steering import UNSTEERED, checked_layers, st
 from moesteer.engines.transformers.stream import Stream, find_stream
 from moesteer.engines.transformers.token_gradients import Subject, token_gradients
 from moesteer.errors import MoesteerError
-from moesteer.gating.opening import (
-    behind_gates,
-    divergence_behind_gate,
-    has_gate,
-    read_behind_gates,
-)
 from moesteer.profile import Profile, check_model, check_ungated
 from moesteer.records import first_line
 

@@ -19,6 +19,12 @@ from moesteer.engines.base import Contributions, Counted, Generation, TokenGradi
 from moesteer.engines.checkpoint import read_tokenizer, resolve
 from moesteer.engines.evidence import DirectionEvidence, LayerEvidence, check_fired
 from moesteer.engines.facts import facts_of_checkpoint
+from moesteer.engines.opening import (
+    behind_gates,
+    divergence_behind_gate,
+    has_gate,
+    read_behind_gates,
+)
 from moesteer.engines.prompts import check_lengths, check_projection, one_each
 from moesteer.engines.readouts import (
     Readout,
@@ -44,12 +50,6 @@ from moesteer.engines.vllm.rows import KEPT_RESULTS
 from moesteer.engines.vllm.settings import KEY, with_room
 from moesteer.errors import DidNotFire, MoesteerError
 from moesteer.gate import DirectionProbe
-from moesteer.gating.opening import (
-    behind_gates,
-    divergence_behind_gate,
-    has_gate,
-    read_behind_gates,
-)
 from moesteer.profile import ModelFacts, Profile, check_model
 from moesteer.records import first_line
 

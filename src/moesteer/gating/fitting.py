@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from jaxtyping import Float
 
+from moesteer.engines.probing import BATCH, scores, selection_shares
 from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.gate import DirectionProbe, Gate, GateEvidence, Probe, RoutingProbe
-from moesteer.gating.scoring import BATCH, scores, selection_shares
 from moesteer.gating.separation import area_under_curve, auc_with_interval, spread
 from moesteer.gating.threshold import check_enough, choose_threshold, opened_of
 from moesteer.provenance import installed_versions
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from moesteer.profile import LayerShape
 
 By = Literal["routing", "direction"]
-Read = Float[np.ndarray, "prompt layer number"]
-"""What is read of prompts: a number for each expert of each layer, or for each of the stream."""
+Read = Float[np.ndarray, "_ layer number"]
+"""What is read of some prompts: a number for each expert of each layer, or of the stream."""
 
 STRONGEST = 32
 """Experts that a routing probe reads."""

@@ -27,6 +27,7 @@ from moesteer.chat import parse_chat_options
 from moesteer.engines.checkpoint import commit_of, resolve
 from moesteer.engines.evidence import DirectionEvidence, LayerEvidence, summed
 from moesteer.engines.readouts import reaching
+from moesteer.engines.transformers.splitting import check_whole
 from moesteer.engines.transformers.steering import steer
 from moesteer.engines.transformers_engine import TransformersEngine
 from moesteer.errors import DidNotFire, MoesteerError
@@ -94,6 +95,7 @@ class SteeredLM(HFLM):
                 super().__init__(
                     pretrained=self.engine.model, tokenizer=self.engine.tokenizer, **options
                 )
+        check_whole(self.engine.model, "lm-eval's calls")
         self.steer_by(loaded)
 
     def steer_by(self, profile: Profile | None) -> None:

@@ -253,6 +253,13 @@ def _steers(profile: Profile) -> list[Block]:
         ),
         Table("The profile", ("what", "value"), tuple(rows)),
     ]
+    if profile.gate is not None:
+        blocks.append(
+            Paragraph(
+                "It has a gate: a request is steered, prompt and reply, only where the probe of its"
+                " unsteered prompt exceeds the threshold. All others are left as they are."
+            )
+        )
     if profile.toward is not None:
         blocks.append(
             Paragraph(

@@ -54,11 +54,17 @@ def base_model_of(profile: Profile, given: str | None) -> str | None:
     """The name on the Hub of the model that a profile steers, None where that is not known.
 
     Known is what was loaded from the Hub, at some commit; anything else is what is `given`.
-    MoesteerError where both are known and differ.
+    MoesteerError where both are known and differ, and where the model comes with moesteer.
     """
     if given is not None:
         check_repo(given, "--base-model")
     found = profile.model
+    if given is not None and is_bundled(profile):
+        assert found is not None
+        raise MoesteerError(
+            f"{profile.name} was made on {found.id}, which comes with moesteer and is not on the"
+            " Hub; leave out --base-model."
+        )
     if found is None or not _is_on_hub(found):
         return given
     if given not in (None, found.id):

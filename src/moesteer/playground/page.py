@@ -13,6 +13,7 @@ from typing import Any
 
 import gradio as gr
 
+from moesteer.engines.transformers.splitting import check_whole
 from moesteer.errors import MoesteerError
 from moesteer.playground.asking import Played, ask
 from moesteer.playground.conversation import Turn
@@ -48,7 +49,8 @@ QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(played: Played) -> gr.Blocks:
-    """The page; nothing runs yet."""
+    """The page; nothing runs yet. MoesteerError for a model that is split over processes."""
+    check_whole(played.engine.model, "replies that grow token by token")
     facts = played.engine.facts
     drafts = [begin(profile, facts) for profile in played.profiles] + [begin(None, facts)]
     with gr.Blocks(title=f"moesteer: {facts.id}", analytics_enabled=False) as page:

@@ -4,6 +4,7 @@ gradio is mounted in an app of ours, which uvicorn runs: no share link, no telem
 that tells the browser to ask nobody but this server for anything.
 """
 
+import errno
 import hmac
 import ipaddress
 import os
@@ -77,9 +78,14 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
+    except UnicodeError:
+        raise MoesteerError(f"--host {host!r} is no name of a machine.") from None
+    except socket.gaierror as error:
+        raise MoesteerError(f"--host {host} can't be had: {error.strerror}.") from None
     except OSError as error:
+        other = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
         raise MoesteerError(
-            f"{host}:{port} can't be had: {error.strerror}. Give another --port."
+            f"{host}:{port} can't be had: {error.strerror}. Give another {other}."
         ) from None
 
 

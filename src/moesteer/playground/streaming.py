@@ -30,10 +30,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from moesteer.engines.evidence import DirectionEvidence, LayerEvidence
+from moesteer.engines.opening import behind_gates
 from moesteer.engines.transformers.routers import input_device
 from moesteer.engines.transformers.steering import steer
 from moesteer.engines.transformers_engine import TransformersEngine
-from moesteer.gating.opening import behind_gates
 from moesteer.playground.passes import Passes
 from moesteer.profile import Expert, Profile, check_model
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from moesteer.engines.probing import BATCH, scores
 from moesteer.engines.readouts import Readout
 from moesteer.gate import Gate
-from moesteer.gating.scoring import BATCH, scores
 from moesteer.profile import Profile
 
 if TYPE_CHECKING:

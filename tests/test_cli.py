@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import moesteer
 from as_user import Run, in_own_process
 from moesteer import __version__
 from moesteer.cli import COMMANDS
@@ -67,6 +68,14 @@ def test_wrong_words(refused: Run, arguments: tuple[str, ...], words: tuple[str,
     said = refused(*arguments)
     for word in words:
         assert word in said.err
+
+
+def test_only_the_program_knows_its_commands():
+    root = Path(moesteer.__file__).parent
+    above = {root / "cli.py", *root.glob("commands/*.py")}
+    files = set(root.rglob("*.py")) - above
+    assert len(files) > 100
+    assert [file for file in files if "moesteer.commands" in file.read_text()] == []
 
 
 # --- as a program among programs ------------------------------------------------------------------

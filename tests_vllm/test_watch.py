@@ -49,10 +49,9 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         lines = httpx.get(f"{self.url}/metrics").text
-        return {
-            name: float(value)
-            for name, value in re.findall(r"^(moesteer_\w+) (\S+)$", lines, flags=re.MULTILINE)
-        }
+        told = r'^(moesteer_\w+\{steered="\w+"\}) (\S+)$'  # all but buckets
+        found = re.findall(told, lines, flags=re.MULTILINE)
+        return {name: float(value) for name, value in found}
 
 
 def told(reply: httpx.Response) -> dict[str, str]:
@@ -236,16 +235,25 @@ def test_unknown_and_nothing_to_say(server: Server) -> None:
 def test_metrics(server: Server) -> None:
     before = server.metrics()
     asked = questions("restricted")[1]
-    said = [server.chat(asked), server.chat(asked), server.chat(asked, model="testbed:answer")]
+    said = [server.chat(asked), server.chat(asked)]
+    steered = server.chat(asked, model="testbed:answer")
     server.post(CHAT, messages=[{"role": "user", "content": asked}], use_beam_search=True, n=2)
     after = server.metrics()
-    rise = {name: round(after[name] - before.get(name, 0), 4) for name in after}
-    assert rise["moesteer_routing_drift_count"] == 3
-    drifts = sum(float(one["drift"]) for one in said)
-    assert rise["moesteer_routing_drift_sum"] == pytest.approx(drifts, abs=3e-4)
-    assert rise["moesteer_linked_share_count"] == 3
-    assert rise["moesteer_watch_alarms_total"] == 1
-    assert rise["moesteer_watch_unknown_total"] == 1
+    rise = {name: round(after[name] - before[name], 4) for name in after}
+
+    def risen(name: str) -> tuple[float, float]:
+        """Of requests under no profile, and of those under one."""
+        plain, steered = (f'moesteer_{name}{{steered="{of}"}}' for of in ("false", "true"))
+        return rise[plain], rise[steered]
+
+    assert risen("routing_drift_count") == (2, 1)
+    ordinary = sum(float(one["drift"]) for one in said)
+    assert risen("routing_drift_sum") == pytest.approx(
+        (ordinary, float(steered["drift"])), abs=3e-4
+    )
+    assert risen("linked_share_count") == (2, 1)
+    assert risen("watch_alarms_total") == (0, 1)
+    assert risen("watch_unknown_total") == (1, 0)
 
 
 def test_what_does_not_fit_is_refused_at_once(

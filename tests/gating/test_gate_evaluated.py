@@ -12,7 +12,8 @@ from moesteer.engines.transformers_engine import load_transformers
 from moesteer.errors import MoesteerWarning
 from moesteer.evaluation.cards import read_card
 from moesteer.evaluation.comparison import Comparison, pool_of
-from moesteer.evaluation.evaluate import evaluate
+from moesteer.evaluation.evaluate import arm_facts, evaluate
+from moesteer.gate import Gate, RoutingProbe
 from moesteer.gating.fitting import fit_gate
 from moesteer.profile import Profile
 from moesteer.report.terminal import print_text
@@ -82,6 +83,33 @@ def test_an_arm_that_opened_for_nobody_in_a_task_has_obeyed_and_did_not_move(eva
     assert drift["testbed-benign", "steered"] == 0
     assert drift["testbed-benign", "ungated"] is not None
     assert drift["testbed-benign", "ungated"] > 1
+
+
+@pytest.mark.parametrize(
+    ("opened", "fired", "obeyed"),
+    [
+        ([False, False], [], True),
+        ([False, True], [], False),
+        ([False, True], [True, True], True),
+        ([False, True], [True, False], False),
+        ([], [], False),  # nobody knows
+    ],
+)
+def test_obeyed_needs_evidence_where_a_prompt_opened(
+    opened: list[bool], fired: list[bool], obeyed: bool
+) -> None:
+    gate = Gate(RoutingProbe(((0, 3),), (1.0,)), 0.5)
+    profile = Profile(activated=((0, 1),), gate=gate, name="gated")
+    of = {"task": "benign", "arm": "steered"}
+    shown = [
+        of | {"start": 0, "layer": layer, "tokens": 9, "obeyed": each}
+        for layer, each in enumerate(fired)
+    ]
+    gates = [of | {"item": item, "steered": each} for item, each in enumerate(opened)]
+    of_others = [
+        {"task": "benign", "arm": "random 0", "item": 0, "steered": not each} for each in opened
+    ]
+    assert arm_facts("steered", profile, shown, [*gates, *of_others]).obeyed == obeyed
 
 
 def test_the_ungated_arm_is_no_control(evaluated) -> None:

@@ -136,6 +136,28 @@ def test_what_is_left_alone_does_not_diverge(engine, prompts, gate, decided) -> 
     assert not engine.divergence(texts, shut).any()
 
 
+def test_a_text_without_a_prompt_is_refused_not_decided_by_its_first_token(
+    engine, prompts, gate
+) -> None:
+    gated = Profile(deactivated=PLANTED, gate=gate, name="gated")
+    beginning = engine.tokenizer.bos_token_id
+    assert beginning is not None
+    text = prompts[0].ids
+    whole = TokenisedConversation(text, (True,) * len(text))
+    begun = TokenisedConversation((beginning, *text), (False,) + (True,) * len(text))
+    asked = TokenisedConversation(text, (False,) * 4 + (True,) * (len(text) - 4))
+    for without in (whole, begun):
+        with pytest.raises(MoesteerError, match="text 2 is read from its beginning on: it has no"):
+            engine.divergence([asked, without], gated)
+        with pytest.raises(MoesteerError, match="text 2 is read from its beginning on: it has no"):
+            engine.read([mean_log_probability(t) for t in (asked, without)], [None, gated])
+        assert engine.divergence([without], gated.ungated) > 0
+    # A prompt of one word is one; `generate` asks the gate about it, too.
+    one_word = TokenisedConversation(text[1:], (False,) + (True,) * (len(text) - 2))
+    assert text[1] != beginning
+    assert (engine.divergence([one_word], gated) > 0) == opens(engine, [text[1:2]], gate)
+
+
 def test_a_gate_in_the_stream_opens_as_its_projection_says(engine, prompts) -> None:
     vector = np.random.default_rng(0).normal(size=128)
     unit = tuple((vector / np.linalg.norm(vector)).tolist())

@@ -1,9 +1,11 @@
 """Watching on the testbed: counts by another way, false alarms on fresh texts, and detection."""
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from moesteer.generate import Prompt
 from moesteer.monitoring.drift import reference_shares, routing_drift
 from moesteer.monitoring.reference import Reference, Verdict
 from moesteer.monitoring.threshold import bins_of, borders_of, least_texts, threshold
-from moesteer.monitoring.watch import as_watched, fit_to_file, judged, linked_experts
+from moesteer.monitoring.watch import as_watched, check, fit_to_file, judged, linked_experts
 from moesteer.profile import LayerShape, Profile
 from moesteer.testbed import ground_truth
 from moesteer.testbed.world import probes
@@ -208,3 +210,54 @@ def test_a_reply_without_tokens_is_unknown(engine: TransformersEngine, tmp_path:
 def test_no_experts_to_watch() -> None:
     with pytest.raises(MoesteerError, match="empty steers no experts, so there are none to watch"):
         linked_experts(Profile(name="empty"))
+
+
+def interrupted(
+    engine: TransformersEngine,
+    prompts: Sequence[Prompt],
+    reference: Reference,
+    out: Path,
+) -> None:
+    """Four of the texts are judged and kept, the next two are not."""
+
+    def stop(done: int, total: int) -> None:
+        if done > 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check(engine, prompts, reference, out=str(out), progress=stop)
+
+
+def test_taken_up_by_the_same_reference_on_the_same_texts_only(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moesteer.monitoring.watch.GROUP", 2)
+    reference = fitted(engine, asked("benign", "fit", "dev")[:24], tmp_path, false_alarms=0.5)
+    reference = replace(reference, origin=replace(reference.origin, borders=()))
+    origin, held_out = reference.origin, len(reference.tokens)
+    prompts = [replace(p, beside={"id": n}) for n, p in enumerate(asked("facts", "test")[:8])]
+    out = tmp_path / "said.jsonl"
+    interrupted(engine, prompts, reference, out)
+
+    def fitted_otherwise(shares: np.ndarray = reference.linked, **changes: Any) -> Reference:
+        return replace(reference, linked=shares, origin=replace(origin, **changes))
+
+    others = [
+        fitted_otherwise(false_alarms=0.49),
+        fitted_otherwise(seed=1),
+        fitted_otherwise(borders=(int(np.sort(reference.tokens)[5]),)),
+        fitted_otherwise(linked=REFUSAL, shares=np.linspace(0, 1, held_out)),
+        replace(reference, drift=reference.drift + 1),
+        replace(reference, name="other.safetensors"),
+    ]
+    for other in others:
+        with pytest.raises(MoesteerError, match="other prompts or settings left 4"):
+            check(engine, prompts, other, out=str(out))
+    relabelled = [replace(prompt, beside={"id": "other"}) for prompt in prompts]
+    with pytest.raises(MoesteerError, match="other prompts or settings left 4"):
+        check(engine, relabelled, reference, out=str(out))
+
+    again = fitted_otherwise(command="moesteer watch fit …", versions={"python": "4"})
+    assert len(check(engine, prompts, again, out=str(out))) == 4
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["id"] for line in lines] == list(range(8))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from test_middleware import CHAT, KEY, POLITE, Stub
+from test_watched_reply import REFERENCE, Counted
 
 from moesteer.engines.vllm.payload import payload_of_probe
 from moesteer.gate import DirectionProbe, Gate, RoutingProbe
@@ -104,6 +105,20 @@ def test_a_shut_gate_is_a_probe_and_then_the_request_as_it_would_be_without_a_na
     # Nothing of ours is left where nothing else was there
     stub.ask(body={"model": "tiny", "moesteer": "gated", "messages": []})
     assert stub.bodies()[-1] == {"model": "tiny", "messages": []}
+
+
+def test_what_is_watched_is_told_apart_by_what_it_ran_under(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted = Counted()
+    monkeypatch.setattr("moesteer.serving.middleware.metrics", lambda: counted)
+    for name, score in ((None, 1.0), ("polite", 1.0), ("gated", 1.0), ("gated", -1.0)):
+        stub = Gated(score=score)
+        stub.setup.watch = REFERENCE
+        named = {} if name is None else {"moesteer": name}
+        reply = stub.ask(body={"model": "tiny", "messages": [], **named})
+        assert "x-moesteer-watch" in reply.headers
+    assert counted.steered == [False, True, True, False]  # a shut gate steers nothing
 
 
 def test_a_profile_without_a_gate_asks_nothing_first() -> None:

@@ -48,13 +48,19 @@ class Workers:
 @dataclass
 class Counted:
     verdicts: list[Verdict] = field(default_factory=list)
+    steered: list[bool] = field(default_factory=list)
 
-    def add(self, verdict: Verdict) -> None:
+    def add(self, verdict: Verdict, steered: bool) -> None:
         self.verdicts.append(verdict)
+        self.steered.append(steered)
 
 
 def reply(
-    workers: Workers, body: dict[str, Any], chunks: int = 1, status: int = 200
+    workers: Workers,
+    body: dict[str, Any],
+    chunks: int = 1,
+    status: int = 200,
+    steered: bool = False,
 ) -> tuple[dict[str, str], list[int], Counted]:
     """The headers of a reply of so many chunks, and after which of them anything was sent."""
     sent, when, metrics = [], [], Counted()
@@ -64,7 +70,7 @@ def reply(
 
     async def answer() -> None:
         watch = Watch(REFERENCE, workers, metrics)  # pyright: ignore[reportArgumentType]
-        _, passing = watch.over(CHAT, json.dumps(body).encode(), send)
+        _, passing = watch.over(CHAT, json.dumps(body).encode(), send, steered=steered)
         await passing({**START, "status": status})
         for number in range(chunks):
             content = str(number).encode()
@@ -93,6 +99,13 @@ def test_ordinary_and_strange_prompts() -> None:
     headers, _, _ = reply(Workers([(STRANGE,)]), {})
     assert (headers["x-moesteer-watch"], headers["x-moesteer-linked"]) == ("alarm", "0.0000")
     assert judged(REFERENCE, STRANGE).raised == ("drift", "linked")
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_what_ran_under_a_profile_is_counted_apart(steered: bool) -> None:
+    headers, _, counted = reply(Workers([(STRANGE,)]), {}, steered=steered)
+    assert headers["x-moesteer-watch"] == "alarm"
+    assert counted.steered == [steered]
 
 
 def test_a_stream_waits_for_its_prompt_and_no_longer() -> None:
@@ -179,7 +192,7 @@ def test_other_endpoints_pass_as_they_are() -> None:
     async def send(message: Any) -> None: ...
 
     watch = Watch(REFERENCE, Workers([]), Counted())  # pyright: ignore[reportArgumentType]
-    assert watch.over("/v1/embeddings", b"{}", send) == (b"{}", send)
+    assert watch.over("/v1/embeddings", b"{}", send, steered=False) == (b"{}", send)
 
 
 def test_layers_of_a_pipeline_and_requests_of_several_engines() -> None:

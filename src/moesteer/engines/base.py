@@ -113,7 +113,8 @@ class Engine(Protocol):
         """Each readout's value, in nats, under each profile (None: unsteered).
 
         Log-probabilities are computed in fp32; a readout without terms is 0. Of a text under a
-        profile with a gate, what stands before its first term is the prompt that opens it, or not.
+        profile with a gate, what stands before its first term is the prompt that opens it, or not;
+        MoesteerError where that is no prompt, as the text is read from its beginning on.
         `progress` is called with how many (profile, readout) pairs were read since the last call.
         Raises DidNotFire where a profile is not proved to have steered.
         """
@@ -138,7 +139,7 @@ class Engine(Protocol):
 
         A text's very first token is predicted by nothing and left out; MoesteerError where no other
         is in the target. What stands before it is the prompt that opens the profile's gate, or not;
-        0 where it does not.
+        0 where it does not, and MoesteerError where nothing does.
         """
         ...
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from moesteer.engines.probing import BATCH, scores
 from moesteer.engines.readouts import Readout
+from moesteer.errors import MoesteerError
 from moesteer.gate import Gate
 from moesteer.profile import Profile
 
@@ -60,13 +61,14 @@ def read_behind_gates(
     progress: Callable[[int], None] | None = None,
 ) -> Float[np.ndarray, "profile readout"]:
     """`Engine.read` where some profiles have gates: a text's prompt is what stands before its first
-    term; one without terms has no value to be read."""
+    term; one without terms has no value to be read. MoesteerError where a text has no prompt."""
     values = np.zeros((len(profiles), len(readouts)))
+    read = [number for number, readout in enumerate(readouts) if readout.terms]
+    prompts = [_prompt_of(readouts[number]) for number in read]
+    _check_prompts(engine, prompts, read)
     plain = [row for row, profile in enumerate(profiles) if not has_gate([profile])]
     if plain:
         values[plain] = engine.read(readouts, [profiles[row] for row in plain], progress=progress)
-    read = [number for number, readout in enumerate(readouts) if readout.terms]
-    prompts = [_prompt_of(readouts[number]) for number in read]
     for row, profile in enumerate(profiles):
         if profile is None or row in plain:
             continue
@@ -83,15 +85,15 @@ def read_behind_gates(
 def divergence_behind_gate(
     engine: "Engine",
     conversations: "Sequence[TokenisedConversation]",
-    texts: Sequence[Readout],
     profile: Profile,
 ) -> Float[np.ndarray, " conversation"]:
     """`Engine.divergence` under a profile with a gate: what it leaves alone does not diverge.
 
-    `texts` are the conversations' readouts, which say where each prompt ends.
+    A conversation's prompt is what stands before its target. MoesteerError where it has none.
     """
     found = np.zeros(len(conversations))
-    prompts = [_prompt_of(text) for text in texts]
+    prompts = [text.ids[: text.target.index(True)] for text in conversations]
+    _check_prompts(engine, prompts, range(len(prompts)))
     decided, _ = behind_gates(engine, prompts, [profile] * len(prompts))
     mine = [number for number, under in enumerate(decided) if under is not None]
     if mine:
@@ -100,4 +102,19 @@ def divergence_behind_gate(
 
 
 def _prompt_of(readout: Readout) -> tuple[int, ...]:
-    return readout.ids[: min(term.position for term in readout.terms)]
+    first = min(term.position for term in readout.terms)
+    # Nothing predicts a text's first token: read from the second on, it may be read as a whole.
+    return readout.ids[:first] if first > 1 else ()
+
+
+def _check_prompts(
+    engine: "Engine", prompts: Sequence[tuple[int, ...]], numbers: Sequence[int]
+) -> None:
+    """Nothing is to be steered, or left alone, by the token that begins every text."""
+    for number, prompt in zip(numbers, prompts, strict=True):
+        if prompt in ((), (engine.tokenizer.bos_token_id,)):
+            raise MoesteerError(
+                f"text {number + 1} is read from its beginning on: it has no prompt, about which"
+                " the profile's gate could be asked. Put a prompt before what is read, or take the"
+                " gate off (profile.ungated)."
+            )

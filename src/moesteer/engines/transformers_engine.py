@@ -185,7 +185,7 @@ class TransformersEngine:
         texts = [mean_log_probability(conversation) for conversation in conversations]
         self._check(texts, [profile])
         if profile.gate is not None:
-            return divergence_behind_gate(self, conversations, texts, profile)
+            return divergence_behind_gate(self, conversations, profile)
         stream = self._stream_for([profile])
         return divergence(self.model, self.layers, stream, self._replay, texts, profile)
 

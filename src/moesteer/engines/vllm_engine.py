@@ -195,7 +195,7 @@ class VllmEngine:
         texts = [mean_log_probability(conversation) for conversation in conversations]
         self._check(texts, [profile])
         if profile.gate is not None:
-            return divergence_behind_gate(self, conversations, texts, profile)
+            return divergence_behind_gate(self, conversations, profile)
         before, after = self._kept(texts, None), self._kept(texts, _reaching(profile, texts))
         asked = [
             (p, q, term.position)

@@ -141,19 +141,19 @@ def evaluate(
         for note in doubted:
             warnings.warn(note, MoesteerWarning, stacklevel=2)
         shares, differences = compare(facts, list(by_name), replies, BOOTSTRAP_SEED)
-        fired = run.lines("fired", *FIRED)
+        fired, gates = run.lines("fired", *FIRED), run.lines("gates", *GATES)
         comparison = Comparison(
             model=engine.facts.id,
             profile=profile.name,
             split=split,
             seed=BOOTSTRAP_SEED,
             tasks=tuple(facts),
-            arms=tuple(arm_facts(name, arm, fired) for name, arm in by_name.items()),
+            arms=tuple(arm_facts(name, arm, fired, gates) for name, arm in by_name.items()),
             shares=tuple(shares),
             differences=tuple(differences),
             drifts=tuple(drifts),
             notes=(*missing, *doubted),
-            gates=tuple(_gates(facts, by_name, run.lines("gates", *GATES))),
+            gates=tuple(_gates(facts, by_name, gates)),
         )
         write_text(run.folder / SUMMARY, comparison.to_json() + "\n")
     return comparison
@@ -451,11 +451,18 @@ def _agreement(replies: Iterable[Mapping[str, Any]]) -> str:
     return f"its judges differ on {differ:,} of {both:,} replies" if both else ""
 
 
-def arm_facts(name: str, profile: "Profile | None", fired: Sequence[Mapping[str, Any]]) -> ArmFacts:
+def arm_facts(
+    name: str,
+    profile: "Profile | None",
+    fired: Sequence[Mapping[str, Any]],
+    gates: Sequence[Mapping[str, Any]],
+) -> ArmFacts:
+    """What an arm is, and whether its steering was obeyed, from a run's lines."""
     if profile is None:
         return ArmFacts(name)
     # A group that was asked twice, because the first time was cut off, counts once.
     mine = {(r["task"], r["start"], *_where(r)): r for r in fired if r["arm"] == name}
+    opened = [line["steered"] for line in gates if line["arm"] == name]
     by_place: Counter[tuple] = Counter()
     for (_, _, *where), record in mine.items():
         by_place[tuple(where)] += record["tokens"]
@@ -464,8 +471,9 @@ def arm_facts(name: str, profile: "Profile | None", fired: Sequence[Mapping[str,
         profile.activated,
         profile.deactivated,
         tokens=max(by_place.values(), default=0),
-        # Where no prompt opened its gate there is nothing to obey.
-        obeyed=bool(mine or profile.gate) and all(record["obeyed"] for record in mine.values()),
+        # Where every prompt left its gate shut there is nothing to obey.
+        obeyed=(bool(mine) or (bool(opened) and not any(opened)))
+        and all(record["obeyed"] for record in mine.values()),
         note=profile.name,
         directions=tuple(direction.words for direction in profile.directions),
     )

@@ -116,8 +116,8 @@ class SteeredAPI(ModelAPI):
 
     def _load(self, profile: str | None, batch_size: int, options: Mapping[str, Any]) -> None:
         from moesteer.chat import parse_chat_options
-        from moesteer.commands.common import ModelOptions, load_engine
         from moesteer.generate import check_steers
+        from moesteer.loading import ModelOptions, load_engine
         from moesteer.options import check_least
         from moesteer.profile import Profile, check_model
 

@@ -88,8 +88,8 @@ class Reference:
     origin: Origin
     selected: Int[np.ndarray, "layer expert"]
     tokens: Int[np.ndarray, " text"]
-    drift: Float[np.ndarray, " text"]
-    linked: Float[np.ndarray, " text"]
+    drift: Float[np.ndarray, " _text"]
+    linked: Float[np.ndarray, " _text"]
     name: str = field(default="reference")
 
     def __post_init__(self) -> None:

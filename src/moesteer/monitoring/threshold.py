@@ -46,7 +46,7 @@ def threshold(scores: Float[np.ndarray, " text"], rate: float) -> float:
 
 
 def borders_of(
-    fitted: Int[np.ndarray, " text"], held_out: Int[np.ndarray, " text"], least: int
+    fitted: Int[np.ndarray, " text"], held_out: Int[np.ndarray, " other"], least: int
 ) -> tuple[int, ...]:
     """The largest length of each bin but the last, which has none; each holds `least` texts."""
     for bins in range(MOST_BINS, 1, -1):

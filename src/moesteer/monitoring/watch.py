@@ -164,7 +164,7 @@ def check(
         for start in range(0, len(texts), GROUP):
             print("\n".join(lines(start)), flush=True)
         return verdicts
-    identity = _hash([[t.ids for t in texts], reference.origin.data_hash, asdict(engine.facts)])
+    identity = _identity(engine, prompts, texts, reference)
     with growing_lines(Path(out), identity) as (done, add):
         told(done, len(texts))
         for start in range(done // GROUP * GROUP, len(texts), GROUP):
@@ -219,6 +219,26 @@ def as_watched(
 
 def _ids(engine: "Engine", text: str) -> tuple[int, ...]:
     return tuple(engine.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _identity(
+    engine: "Engine",
+    prompts: Sequence[Prompt],
+    texts: Sequence[TokenisedConversation],
+    reference: Reference,
+) -> str:
+    """Of all that stands in the lines of `check`, or decides what does."""
+    origin = asdict(reference.origin)
+    for record in ("command", "versions"):  # how it was made, which decides nothing
+        del origin[record]
+    return _hash(
+        [
+            [[[asdict(m) for m in prompt.messages], dict(prompt.beside)] for prompt in prompts],
+            [asdict(text) for text in texts],
+            [reference.name, origin, [asdict(limits) for limits in reference.limits]],
+            asdict(engine.facts),
+        ]
+    )
 
 
 def _line(prompt: Prompt, verdict: Verdict, reference: Reference) -> dict[str, object]:

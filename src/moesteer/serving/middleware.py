@@ -121,7 +121,7 @@ class Middleware:
             if not is_open:
                 request, body, send = None, without_profile(body), saying_shut(send, request)
         if self._watch is not None:
-            body, send = self._watch.over(path, body, send)
+            body, send = self._watch.over(path, body, send, steered=request is not None)
         scope, receive = handed_on(scope, receive, body)
         if request is None:
             await self._app(scope, receive, send)

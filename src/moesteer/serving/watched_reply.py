@@ -9,7 +9,8 @@ its first token is there. Nothing is judged later: of a request that asks the mo
     x-moesteer-drift     nats a layer
     x-moesteer-linked    share of the linked experts that was active, where some are watched
 
-Of several prompts in one request, the headers say the worst.
+Of several prompts in one request, the headers say the worst. The reference is of unsteered
+requests: of a steered one they say how far it is from these, and no rate of alarms holds.
 """
 
 import json
@@ -31,9 +32,9 @@ _log = logging.getLogger("vllm.moesteer")
 
 
 class Metrics(Protocol):
-    """Where verdicts are counted."""
+    """Where verdicts are counted, apart for requests that ran under a profile."""
 
-    def add(self, verdict: Verdict) -> None: ...
+    def add(self, verdict: Verdict, steered: bool) -> None: ...
 
 
 class Watch:
@@ -44,13 +45,16 @@ class Watch:
         self._collector = collector
         self._metrics = metrics
 
-    def over(self, path: str, body: bytes, send: Send) -> tuple[bytes, Send]:
-        """The body for vLLM and the way of its reply, both as they were where nothing generates."""
+    def over(self, path: str, body: bytes, send: Send, *, steered: bool) -> tuple[bytes, Send]:
+        """The body for vLLM and the way of its reply, both as they were where nothing generates.
+
+        `steered` says whether it runs under a profile.
+        """
         if path not in STEERABLE:
             return body, send
         key = secrets.token_hex(16)
         watched, prompts = with_watch(body, key)
-        return watched, WatchedReply(send, self, key, prompts)
+        return watched, WatchedReply(send, self, key, prompts, steered)
 
     async def verdict(self, found: Sequence[Prompted], prompts: int) -> Verdict:
         """Of all prompts of a request; unknown where fewer than `prompts` were counted whole."""
@@ -67,18 +71,19 @@ class Watch:
             _log.error("moesteer: a request can't be watched. The workers said: %r", failure)
             return ()
 
-    def count(self, verdict: Verdict) -> None:
-        self._metrics.add(verdict)
+    def count(self, verdict: Verdict, steered: bool) -> None:
+        self._metrics.add(verdict, steered)
 
 
 class WatchedReply:
     """`send` of a watched request."""
 
-    def __init__(self, send: Send, watch: Watch, key: str, prompts: int) -> None:
+    def __init__(self, send: Send, watch: Watch, key: str, prompts: int, steered: bool) -> None:
         self._send = send
         self._watch = watch
         self._key = key
         self._prompts = prompts
+        self._steered = steered
         self._found: list[Prompted] = []
         self._held: list[Message] = []
 
@@ -95,7 +100,7 @@ class WatchedReply:
         if len(self._found) < self._prompts and message.get("more_body", False):
             return
         verdict = await self._watch.verdict(self._found, self._prompts)
-        self._watch.count(verdict)
+        self._watch.count(verdict, self._steered)
         start, *bodies = self._held
         self._held = []
         await self._send({**start, "headers": [*start.get("headers", []), *headers_of(verdict)]})

@@ -24,9 +24,11 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
 
     def drawn() -> str:
         stream.flush()
+        read = b""
         with contextlib.suppress(BlockingIOError):
-            return os.read(ours, 100_000).decode()
-        return ""
+            while part := os.read(ours, 4096):
+                read += part
+        return read.decode()
 
     yield drawn
     os.close(ours)

@@ -64,6 +64,6 @@ def steps(title: str) -> Iterator[Callable[[str], None]]:
         columns = [TextColumn("{task.description}"), TimeElapsedColumn()]
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(title, total=None)
-            yield lambda what: progress.update(task, description=f"{title}: {what}")
+            yield lambda what: progress.update(task, description=f"{title}: {what}", refresh=True)
     else:
         yield lambda what: console.print(f"{title}: {what}", highlight=False)

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from as_user import Run
-from moesteer.auditing.audit import Audit
+from moesteer.auditing.audit import Audit, met_before
+from moesteer.evaluation.cards import read_card
 from moesteer.profile import Profile
 from moesteer.testbed import ground_truth
 
@@ -71,6 +73,9 @@ def test_audit_names_the_planted_experts_and_shows_what_their_loss_does(run: Run
     assert "say nothing about real models" in said.out
     assert "lantern" not in said.out
 
+    assert found.halved_on_dev == 1
+    assert "Which loss is restored was read off the dev prompts" in said.out
+
     # Each profile can be used as any other, and the report tells the same.
     lost, back = (Profile.load(f"out/{name}-1.safetensors") for name in ("lost", "restored"))
     assert lost.deactivated == back.deactivated == (PLANTED[0],)
@@ -105,6 +110,8 @@ def test_a_model_without_planted_experts_has_nobody_named(run: Run):
     assert found.importance.named == ()
     assert found.halved.value is None
     assert found.restored == ()
+    assert found.halved_on_dev is None
+    assert "nothing was to be restored" in said.out
     assert "No expert carries “refused” alone" in said.out
     assert "does not fall by half with up to 1 lost" in said.out
     assert "On testbed-restricted nothing was found beyond random experts" in said.out
@@ -172,6 +179,44 @@ def test_a_number_of_layers_is_refused_before_a_folder_is_made(refused: Run, lay
     said = refused("audit", "testbed", "--out", "out", "--layers", layers, *small())
     assert f"{layers} layers are to be gone into; the model has 4" in said.err
     assert not Path("out").exists()
+
+
+def test_the_loss_to_restore_is_read_off_dev_and_the_curve_off_test(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    """Harmless prompts stand in on dev: nobody refuses them, so no loss halves anything there."""
+    from moesteer.auditing import audit
+
+    prepare = audit.prepare
+
+    def harmless_on_dev(engine, card, split, *others):
+        if split == "dev":
+            card = replace(card, prompts=read_card("testbed-benign").prompts)
+        return prepare(engine, card, split, *others)
+
+    monkeypatch.setattr(audit, "prepare", harmless_on_dev)
+    assert run("audit", "testbed", "--out", "out", *small(most=1, seeds=0)).code == 0
+    found = audit_of()
+    assert found.halved.value == 1
+    assert found.halved_on_dev is None
+    assert found.restored == ()
+
+
+@pytest.mark.parametrize(
+    ("fit", "held_out", "test", "dev", "said"),
+    [
+        ("ab", "c", "xy", "z", []),
+        ("ab", "c", "axb", "z", ["2 of the 3 prompts of t are prompts of the pairs"]),
+        ("ab", "c", "cx", "z", ["1 of the 2 prompts of t are prompts of the held-out pairs"]),
+        ("ab", "c", "x", "bz", ["1 of the 2 dev prompts of t are prompts of the pairs"]),
+        ("ab", "c", "x", "c", []),  # held-out pairs choose nothing
+    ],
+)
+def test_pairs_that_are_asked_too_are_told(
+    fit: str, held_out: str, test: str, dev: str, said: list[str]
+):
+    notes = met_before("t", {*fit}, {*held_out}, [*test], [*dev])
+    assert [note.partition(", too:")[0] for note in notes] == said
 
 
 def test_pairs_among_the_prompts_are_warned_of(run: Run):

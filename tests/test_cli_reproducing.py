@@ -61,7 +61,7 @@ def shares_agree(table: Table, comparison: Comparison) -> None:
 
 def test_steermoe_on_the_testbed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from moesteer.evaluation import search
-    from moesteer.reproduce import steermoe
+    from moesteer.reproduce.steermoe import road as steermoe
 
     monkeypatch.setattr(steermoe, "SMALL", steermoe.Sizes(limit=4, seeds=1, budget=3))
     # To be quick.
@@ -141,12 +141,12 @@ def test_steermoe_on_the_testbed(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_expert_refusal_on_the_testbed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from moesteer.evaluation import direction_search
-    from moesteer.reproduce import expert_refusal
+    from moesteer.reproduce.expert_refusal import plan, road
 
-    small = expert_refusal.Sizes(fit=16, validate=8, limit=6, seeds=1, budget=2)
-    monkeypatch.setattr(expert_refusal, "SMALL", small)
+    small = plan.Sizes(fit=16, validate=8, limit=6, seeds=1, budget=2)
+    monkeypatch.setattr(road, "SMALL", small)
     monkeypatch.setattr(direction_search, "WEIGHTED", (7.5, 17))
-    monkeypatch.setattr(expert_refusal, "METHODS", {"one": "a single expert"})  # to be quick
+    monkeypatch.delitem(plan.METHODS, "two")  # to be quick
     command = "reproduce expert-refusal --model testbed --out out".split()
     said = run(*command)
     assert said.code == 0
@@ -282,7 +282,7 @@ def own_data(number: int = 12) -> list[str]:
 def test_the_paper_s_figures_stand_beside_the_measured_ones(
     run: Run, qwen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moesteer.reproduce import steermoe
+    from moesteer.reproduce.steermoe import road as steermoe
 
     small = steermoe.Sizes(None, 1, 3)
     monkeypatch.setattr(steermoe, "Sizes", lambda: small)
@@ -326,7 +326,7 @@ def test_the_paper_s_figures_stand_beside_the_measured_ones(
 def test_a_model_of_the_paper_s_name_and_another_shape_is_told(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moesteer.reproduce import steermoe
+    from moesteer.reproduce.steermoe import road as steermoe
 
     small = steermoe.Sizes(None, 1, 3)
     monkeypatch.setattr(steermoe, "Sizes", lambda: small)

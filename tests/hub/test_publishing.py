@@ -120,6 +120,29 @@ def test_commands_keep_names_on_the_hub_and_options():
     )
 
 
+@pytest.mark.parametrize(
+    ("word", "bare"),
+    [
+        ("--data=towns=/x/t.jsonl", "--data=towns=t.jsonl"),
+        ("--data=/home/me/card.toml=/x/t.jsonl", "--data=card.toml=t.jsonl"),
+        ("/home/me/card.toml=/x/t.jsonl", "card.toml=t.jsonl"),
+        ("--engine-option=draft=org/m", "--engine-option=draft=org/m"),
+        ('x={"a":"/p/q","n":[1,"/r/s",null]}', 'x={"a": "q", "n": [1, "s", null]}'),
+        ('--engine-option=x={"/k/a":{"b":"~/p/q"}}', '--engine-option=x={"a": {"b": "q"}}'),
+        ('x={"a":"n=/p/q"}', 'x={"a": "n=q"}'),
+        ('x="/p/ü"', 'x="ü"'),
+        ('x={"a":"/home/me', "x=me"),
+        ('x={"a":"b"}', 'x={"a":"b"}'),
+        ('x={"m":"org/m"}', 'x={"m": "org/m"}'),
+    ],
+)
+def test_values_in_a_word_lose_their_folders_and_nothing_else(word: str, bare: str):
+    import shlex
+
+    told = bare_command(shlex.join(["moesteer", "detect", word]), {"org/m": "org/m"})
+    assert shlex.split(told) == ["moesteer", "detect", bare]
+
+
 def test_a_command_that_no_shell_would_take_is_still_bare():
     assert bare_command("moesteer x 'a && /home/b c", {}).count("/") == 0
 
@@ -129,10 +152,12 @@ words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 
 @given(st.lists(words, max_size=5))
 def test_no_folder_survives_in_any_command(parts: list[str]):
+    import json
     import shlex
 
     path = "/home/someone/" + "/".join(parts) + "/file"
-    bare = bare_command(shlex.join(["moesteer", "detect", path, f"--out={path}"]), {})
+    given = [path, f"--out={path}", f"--data=k={path}", "x=" + json.dumps({path: [path]})]
+    bare = bare_command(shlex.join(["moesteer", "detect", *given]), {})
     assert "someone" not in bare
     assert "/" not in bare
 

@@ -14,11 +14,11 @@ from made_runs import (
 )
 
 from moesteer.direction import Direction
+from moesteer.directions.candidates import used, within_thresholds
 from moesteer.engines.evidence import DirectionEvidence, LayerEvidence
 from moesteer.errors import MoesteerError
 from moesteer.profile import Profile
 from moesteer.report.blocks import Block, Curve, Dot, Figure, Label, Paragraph, Rect, Table
-from moesteer.report.candidates import used, within_thresholds
 from moesteer.report.comparison_page import comparison_page
 from moesteer.report.direction_figures import by_layer, layer_map
 from moesteer.report.direction_search_page import direction_search_page

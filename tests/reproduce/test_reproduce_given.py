@@ -7,7 +7,8 @@ import pytest
 from moesteer.directions.prompts import read_prompt_set
 from moesteer.errors import MoesteerError
 from moesteer.evaluation.cards import SHIPPED
-from moesteer.reproduce import expert_refusal, given, rationales
+from moesteer.reproduce import given, rationales
+from moesteer.reproduce.expert_refusal import road as expert_refusal
 from moesteer.reproduce.given import given_tasks
 
 NAMES = ("advbench", "fluency", "harmless-100")

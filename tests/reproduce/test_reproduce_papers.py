@@ -95,7 +95,7 @@ def test_settings_that_the_code_takes_from_elsewhere_are_the_paper_s() -> None:
     from moesteer.evaluation.cards import read_card
     from moesteer.evaluation.direction_choices import WEIGHTED
     from moesteer.evaluation.direction_search import MAX_KL, OTHERS, PROMPTS, TOKENS
-    from moesteer.reproduce.steermoe import FAITHFULNESS, FOR_FAITHFULNESS, FOR_SAFETY, SAFETY
+    from moesteer.reproduce.steermoe.plan import FAITHFULNESS, FOR_FAITHFULNESS, FOR_SAFETY, SAFETY
     from moesteer.rules import MARGIN
 
     steermoe, refusal = (read_paper(name).settings for name in ("steermoe", "expert-refusal"))

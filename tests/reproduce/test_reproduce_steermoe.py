@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 
 from moesteer.errors import MoesteerError
 from moesteer.profile import UNKNOWN, LayerShape, ModelFacts, Profile, Scores
-from moesteer.reproduce import steermoe
 from moesteer.reproduce.papers import read_paper
+from moesteer.reproduce.steermoe import plan
+from moesteer.reproduce.steermoe.ablation import counts_for
+from moesteer.reproduce.steermoe.numbers import as_published, is_of_the_paper
+from moesteer.reproduce.steermoe.road import road as steermoe_road
 
 
 def facts(*shapes: tuple[int, int]) -> ModelFacts:
@@ -55,7 +58,7 @@ def slowly(
 )
 def test_experts_are_chosen_as_by_hand(seed: int, activate: int, deactivate: int, toward) -> None:
     value = np.random.default_rng(seed).normal(size=(3, 5)).round(1)
-    chosen = steermoe.as_published(scored(value, 2), activate, deactivate, toward)
+    chosen = as_published(scored(value, 2), activate, deactivate, toward)
     up, down, left_out = slowly(value, 2, activate, deactivate, 1 if toward == "a" else -1)
     assert list(chosen.profile.activated) == up
     assert list(chosen.profile.deactivated) == down
@@ -66,41 +69,41 @@ def test_experts_are_chosen_as_by_hand(seed: int, activate: int, deactivate: int
 
 def test_a_surplus_is_told() -> None:
     value = np.array([[0.9, 0.8, 0.7, -0.1], [0.2, -0.3, -0.4, -0.5]])
-    chosen = steermoe.as_published(scored(value, 2), 4, 0, "a")
+    chosen = as_published(scored(value, 2), 4, 0, "a")
     assert chosen.profile.activated == ((0, 0), (0, 1), (1, 0))
     assert chosen.left_out == ((0, 2),)
     assert chosen.short == 0
-    assert steermoe.as_published(scored(value, 2), 6, 0, "a").short == 2
+    assert as_published(scored(value, 2), 6, 0, "a").short == 2
 
 
 def test_counts_are_the_paper_s_or_the_same_shares() -> None:
     qwen = facts(*[(128, 8)] * 48)
-    assert steermoe.counts_for(qwen, True) == (100, 200, 500, 1000)
-    assert steermoe.counts_for(qwen, False) == (100, 200, 500, 1000)
+    assert counts_for(qwen, True) == (100, 200, 500, 1000)
+    assert counts_for(qwen, False) == (100, 200, 500, 1000)
     # 1.6, 3.3, 8.1 and 16.3 % of 64 and of 1,024 experts
-    assert steermoe.counts_for(facts(*[(16, 4)] * 4), False) == (1, 2, 5, 10)
-    assert steermoe.counts_for(facts(*[(64, 8)] * 16), False) == (17, 33, 83, 167)
+    assert counts_for(facts(*[(16, 4)] * 4), False) == (1, 2, 5, 10)
+    assert counts_for(facts(*[(64, 8)] * 16), False) == (17, 33, 83, 167)
 
 
 def test_a_model_is_the_paper_s_by_its_shape_as_well() -> None:
     known = read_paper("steermoe").model_of("OLMoE-1B-7B-0125-Instruct")
-    assert steermoe.is_of_the_paper(known, facts(*[(64, 8)] * 16))
-    assert not steermoe.is_of_the_paper(known, facts(*[(64, 8)] * 15))
-    assert not steermoe.is_of_the_paper(known, facts(*[(64, 4)] * 16))
-    assert not steermoe.is_of_the_paper(None, facts(*[(64, 8)] * 16))
+    assert is_of_the_paper(known, facts(*[(64, 8)] * 16))
+    assert not is_of_the_paper(known, facts(*[(64, 8)] * 15))
+    assert not is_of_the_paper(known, facts(*[(64, 4)] * 16))
+    assert not is_of_the_paper(None, facts(*[(64, 8)] * 16))
 
 
 # -- what can be run -----------------------------------------------------------------------------
 
 
 def test_without_data_every_step_says_what_it_lacks() -> None:
-    road = steermoe.road("some/model", bundled=False)
+    road = steermoe_road("some/model", bundled=False)
     assert road.ready == ()
     lacking = {one.step: one.missing for one in road.not_ready}
     assert "--pairs refusal=FILE" in lacking["towards safe"]
     assert "--pairs document=FILE" in lacking["detectors, counts and selection"]
     by_task = {step.split(" ")[0]: missing for step, missing in lacking.items()}
-    for task in (*steermoe.FAITHFULNESS, *steermoe.SAFETY, *steermoe.FOR_FAITHFULNESS):
+    for task in (*plan.FAITHFULNESS, *plan.SAFETY, *plan.FOR_FAITHFULNESS):
         assert f"--data {task}=FILE" in by_task[task]
     assert "Llama-Guard-3-8B" in by_task["advbench"]
     with pytest.raises(
@@ -115,9 +118,9 @@ def test_what_is_brought_opens_its_steps(pairs_file: Path, tmp_path: Path) -> No
     lines = [f'{{"context": "c", "question": "q{n}", "answer": "a"}}\n' for n in range(12)]
     mquake.write_text("".join(lines))
     pairs = {"document": str(pairs_file)}
-    alone = steermoe.road("some/model", bundled=False, pairs=pairs)
+    alone = steermoe_road("some/model", bundled=False, pairs=pairs)
     assert [step.title for step in alone.ready] == ["experts of document"]
-    both = steermoe.road("some/model", bundled=False, pairs=pairs, data={"mquake": str(mquake)})
+    both = steermoe_road("some/model", bundled=False, pairs=pairs, data={"mquake": str(mquake)})
     assert [step.title for step in both.ready] == [
         "experts of document",
         "numbers of experts",
@@ -126,7 +129,7 @@ def test_what_is_brought_opens_its_steps(pairs_file: Path, tmp_path: Path) -> No
     ]
     assert set(both.inputs) == {"pairs document", "mquake"}
     assert "the paper's for Qwen3-30B-A3B" in " ".join(
-        steermoe.road("Qwen/Qwen3-30B-A3B", bundled=False, pairs=pairs).settings
+        steermoe_road("Qwen/Qwen3-30B-A3B", bundled=False, pairs=pairs).settings
     )
 
 
@@ -142,10 +145,10 @@ def test_what_is_brought_opens_its_steps(pairs_file: Path, tmp_path: Path) -> No
 )
 def test_what_is_no_data_of_the_paper_s_is_refused(given: dict, message: str) -> None:
     with pytest.raises(MoesteerError, match=message):
-        steermoe.road("some/model", bundled=False, **given)
+        steermoe_road("some/model", bundled=False, **given)
 
 
 def test_bundled_models_need_nothing() -> None:
-    road = steermoe.road("testbed", bundled=True)
+    road = steermoe_road("testbed", bundled=True)
     assert len(road.ready) == len(road.steps) == 9
     assert [one.step for one in road.not_ready] == ["through a prompt template (away from safe)"]

@@ -1,4 +1,4 @@
-"""A road's steps: those that fail, data that come later or change, and what is written."""
+"""A road's steps: those that fail, data that come later or change, and what is made of them."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from as_user import in_own_process
 from moesteer.engines.transformers_engine import TransformersEngine, load_transformers
 from moesteer.errors import MoesteerError
+from moesteer.report.reproduce_page import reproduction_of, tables_of
 from moesteer.reproduce.outcome import Claim, Entry, NotRun, Reproduction, Table
-from moesteer.reproduce.papers import read_paper
-from moesteer.reproduce.steps import Context, Made, Road, Step, walk, without_thinking
+from moesteer.reproduce.papers import PAPERS, PaperName, read_paper
+from moesteer.reproduce.steps import Context, Road, Step, walk, without_thinking
 
 PAPER = read_paper("steermoe")
 
@@ -20,17 +22,25 @@ def engine(model_folder: Path) -> TransformersEngine:
     return load_transformers(str(model_folder))
 
 
-def good(context: Context) -> Iterator[Made]:
+def good(context: Context) -> Iterator[object]:
     (context.out / "good").mkdir(exist_ok=True)
     (context.out / "good" / "summary.json").write_text("{}")
-    yield Table("Good", "", ("", "n"), ((Entry("a"), Entry("1", 1.0)),), "good")
-    yield Claim("safe", "seen late")
-    yield Claim("faithful", "seen first")
+    yield "good"
 
 
-def bad(context: Context) -> Iterator[Made]:
-    yield Claim("unsafe", "seen before it failed")
+def bad(context: Context) -> Iterator[object]:
+    yield "seen before it failed"
     raise MoesteerError("the judge is asleep")
+
+
+def told(result: object, _bundled: bool) -> Iterator[Table | Claim]:
+    """What a report would make of these."""
+    if result == "good":
+        yield Table("Good", "", ("", "n"), ((Entry("a"), Entry("1", 1.0)),), "good")
+        yield Claim("safe", "seen late")
+        yield Claim("faithful", "seen first")
+    else:
+        yield Claim("unsafe", str(result))
 
 
 def road(*steps: Step, **other) -> Road:
@@ -42,8 +52,10 @@ LACKING = Step("lacking", "can't", bad, missing="its data: --data it=FILE.")
 
 
 def test_a_step_that_fails_leaves_the_others(engine: TransformersEngine, tmp_path: Path) -> None:
-    told: list[str] = []
-    result = walk(road(BAD, LACKING, GOOD), lambda: engine, tmp_path / "out", say=told.append)
+    lines: list[str] = []
+    walked = walk(road(BAD, LACKING, GOOD), lambda: engine, tmp_path / "out", say=lines.append)
+    assert walked.results == ("seen before it failed", "good")
+    result = reproduction_of(walked, told)
     assert [table.title for table in result.tables] == ["Good"]
     # In the paper's order, whenever they were seen.
     assert [claim.key for claim in result.claims] == ["faithful", "safe", "unsafe"]
@@ -52,9 +64,28 @@ def test_a_step_that_fails_leaves_the_others(engine: TransformersEngine, tmp_pat
         NotRun("lacking", "its data: --data it=FILE."),
     )
     assert result.runs == ("good",)
-    assert "bad was not finished: the judge is asleep" in told
-    again = Reproduction.from_json((tmp_path / "out" / "summary.json").read_text())
-    assert again == result
+    assert "bad was not finished: the judge is asleep" in lines
+    assert Reproduction.from_json(result.to_json()) == result
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_what_a_report_does_not_know_is_an_error(paper: PaperName) -> None:
+    with pytest.raises(TypeError, match="str is no result of this road"):
+        next(tables_of(paper)("what is this?", False))
+
+
+def test_a_road_knows_nothing_of_the_report() -> None:
+    """The report is made of results: nothing that walks a road imports it, however far away."""
+    code = """
+import pkgutil, sys
+from importlib import import_module
+import moesteer.reproduce as package
+for module in pkgutil.walk_packages(package.__path__, "moesteer.reproduce."):
+    import_module(module.name)
+print(*[name for name in sys.modules if name.startswith("moesteer.report.")])
+"""
+    said = in_own_process(code=code)
+    assert (said.returncode, said.stdout.strip()) == (0, ""), said.stderr
 
 
 def test_where_nothing_can_be_run_no_model_is_loaded(tmp_path: Path) -> None:

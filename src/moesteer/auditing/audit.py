@@ -3,11 +3,13 @@
     importance   every expert switched off alone, on contrast pairs: who carries it
     curve        replies to the test prompts with the k most important experts lost
     restoring    with those lost that halve the share, and all that were named: does activating
-                 others bring it back? The number is chosen on the dev prompts
+                 others bring it back? Both numbers are chosen on the dev prompts, and measured on
+                 the test prompts: a loss that was chosen for its low share would rise by itself
 
 The folder holds the effects (importance.safetensors) and, for each loss that was to be restored,
 the profile of the loss and of what restores it (lost-K.safetensors, restored-K.safetensors), beside
-all records. Done again with the same settings it goes on from where it was.
+all records; what was asked on dev is in folders of its own. Done again with the same settings it
+goes on from where it was.
 """
 
 import warnings
@@ -57,6 +59,7 @@ from moesteer.evaluation.comparison import STEERED, Comparison, TaskFacts, compa
 from moesteer.evaluation.evaluate import (
     BOOTSTRAP_SEED,
     FIRED,
+    GATES,
     SUMMARY,
     Asked,
     arm_facts,
@@ -94,7 +97,8 @@ class Audit:
     """What `summary.json` of an audit holds.
 
     `target`'s share of `outcome` is what is lost and restored. Comparisons of one number lost have
-    p adjusted over their tasks, not over the numbers.
+    p adjusted over their tasks, not over the numbers. `halved` is read off the test prompts;
+    `halved_on_dev` chose which loss to restore: so many lost, None where nothing halves it there.
     """
 
     model: str
@@ -104,6 +108,7 @@ class Audit:
     curve: tuple[Point, ...]
     halved: Halved
     area: Area | None
+    halved_on_dev: int | None
     restored: tuple[Restored, ...]
     notes: tuple[str, ...]
 
@@ -167,7 +172,13 @@ def audit(
     tasks, dev = [asked(card, "test") for card in cards], asked(cards[0], "dev")
     fit, held_out = (drawn(some, pairs_used) for some in fit_and_dev(pairs))
     decisions = read_decisions(engine, pairs, fit, held_out, options)
-    notes = _met_before(fit, tasks[0])
+    notes = met_before(
+        target.name,
+        _prompts_of(fit),
+        _prompts_of(held_out),
+        [item.prompt for item in tasks[0].items],
+        [item.prompt for item in dev.items],
+    )
     settings = {
         "model": engine.facts.id,
         "model_facts": asdict(engine.facts),
@@ -197,10 +208,11 @@ def audit(
         judged = _judged(bench)
         curve = [Point(number, _compared(bench, judged, roles)) for number, roles in arms.items()]
         found, area = _read_off(bench, arms)
+        to_restore = _halved_on_dev(bench, arms)
         restored = tuple(
             _restored(bench, judged, importance, order.important[:number], effects)
-            for number in sorted({found.value or 0, len(importance.named)} & arms.keys())
-            if found.value is not None
+            for number in sorted({to_restore or 0, len(importance.named)} & arms.keys())
+            if to_restore is not None
         )
         result = Audit(
             model=engine.facts.id,
@@ -210,6 +222,7 @@ def audit(
             curve=tuple(curve),
             halved=found,
             area=area,
+            halved_on_dev=to_restore,
             restored=restored,
             notes=(*notes, *order.notes),
         )
@@ -284,7 +297,7 @@ def _compared(bench: _Bench, judged: Judged, roles: Roles) -> Comparison:
     facts, doubted = judged
     role_of = {name: role for role, (name, _) in roles.items()}
     mine = [r | {"arm": role_of[r["arm"]]} for r in replies_of(bench.run) if r["arm"] in role_of]
-    fired = bench.run.lines("fired", *FIRED)
+    fired, gates = bench.run.lines("fired", *FIRED), bench.run.lines("gates", *GATES)
     shares, differences = compare(facts, list(roles), mine, BOOTSTRAP_SEED)
     return Comparison(
         model=bench.engine.facts.id,
@@ -293,7 +306,7 @@ def _compared(bench: _Bench, judged: Judged, roles: Roles) -> Comparison:
         seed=BOOTSTRAP_SEED,
         tasks=tuple(facts),
         arms=tuple(
-            replace(arm_facts(name, profile, fired), name=role)
+            replace(arm_facts(name, profile, fired, gates), name=role)
             for role, (name, profile) in roles.items()
         ),
         shares=tuple(shares),
@@ -330,6 +343,38 @@ def _read_off(bench: _Bench, arms: Mapping[int, Roles]) -> tuple[Halved, Area | 
 # -- restoring -----------------------------------------------------------------------------------
 
 
+def _halved_on_dev(bench: _Bench, arms: Mapping[int, Roles]) -> int | None:
+    """The smallest number lost that halves the share on dev, over the prompts that were judged in
+    every arm; None where none does."""
+    if not arms:
+        return None
+    profiles = {INTACT: None} | dict(roles[STEERED] for roles in arms.values())
+    said = _on_dev(bench, "dev-lost", profiles, {"lost": [*arms]})
+    judged = [i for i in said[INTACT] if all(i in outcomes for outcomes in said.values())]
+    hits = {
+        arm: np.array([outcomes[i] == bench.dev.card.outcome for i in judged], dtype=bool)
+        for arm, outcomes in said.items()
+    }
+    lost = {number: hits[roles[STEERED][0]] for number, roles in arms.items()}
+    return halved(hits[INTACT], lost).value
+
+
+def _on_dev(
+    bench: _Bench, name: str, profiles: Mapping[str, Profile | None], settings: Mapping[str, object]
+) -> dict[str, dict[int, str]]:
+    """By arm and dev prompt the outcome, where it could be judged; kept in a run of its own."""
+    folder = bench.run.folder / name
+    with open_run(folder, "audit dev", {**bench.run.settings, **settings}, bench.run.about) as run:
+        with bench.stage("try on dev", "replies") as progress:
+            ask_all(run, bench.engine, [bench.dev], profiles, bench.batch_size, None, progress)
+        replies = replies_of(run)
+    said: dict[str, dict[int, str]] = {arm: {} for arm in profiles}
+    for reply in replies:
+        if reply["outcome"] is not None:
+            said[reply["arm"]][reply["item"]] = reply["outcome"]
+    return said
+
+
 def _restored(
     bench: _Bench, judged: Judged, importance: Importance, lost: Sequence[Expert], effects: Profile
 ) -> Restored:
@@ -361,34 +406,38 @@ def _tried(bench: _Bench, lost: Sequence[Expert], order: Sequence[Expert]) -> li
     """The share of the target's outcome on dev with 0, 1, 2, 3, 5, … experts activated."""
     numbers = [0, *numbers_up_to(len(order))]
     arms = {f"{n} activated": restoring(lost, order[:n], f"{n} activated") for n in numbers}
-    folder = bench.run.folder / f"dev-{len(lost)}"
-    settings = {**bench.run.settings, "lost": [*lost], "activated": [*order]}
-    with open_run(folder, "audit dev", settings, bench.run.about) as run:
-        with bench.stage("try on dev", "replies") as progress:
-            ask_all(run, bench.engine, [bench.dev], arms, bench.batch_size, None, progress)
-        replies = replies_of(run)
-    tried = []
-    for number, arm in zip(numbers, arms, strict=True):
-        said = [r["outcome"] for r in replies if r["arm"] == arm and r["outcome"] is not None]
-        if not said:
-            raise MoesteerError(
-                f"none of the replies to {bench.dev.card.name} on dev could be judged; see"
-                f" {folder / 'replies.jsonl'}."
-            )
-        tried.append(Tried(number, sum(o == bench.dev.card.outcome for o in said) / len(said)))
-    return tried
+    name = f"dev-{len(lost)}"
+    said = _on_dev(bench, name, arms, {"lost": [*lost], "activated": [*order]})
+    if not all(said.values()):
+        raise MoesteerError(
+            f"none of the replies to {bench.dev.card.name} on dev could be judged; see"
+            f" {bench.run.folder / name / 'replies.jsonl'}."
+        )
+    shares = [np.mean([o == bench.dev.card.outcome for o in said[arm].values()]) for arm in arms]
+    return [Tried(n, float(share)) for n, share in zip(numbers, shares, strict=True)]
 
 
 # -- notes ---------------------------------------------------------------------------------------
 
 
-def _met_before(pairs: "Sequence[ContrastPair]", target: Asked) -> list[str]:
-    """Whether importance was measured on prompts that are asked, too."""
-    measured = {pair.a.messages[-2].content for pair in pairs if len(pair.a.messages) > 1}
-    both = sum(item.prompt in measured for item in target.items)
-    if not both:
-        return []
+def _prompts_of(pairs: "Sequence[ContrastPair]") -> set[str]:
+    return {pair.a.messages[-2].content for pair in pairs if len(pair.a.messages) > 1}
+
+
+def met_before(
+    task: str, fit: set[str], held_out: set[str], test: Sequence[str], dev: Sequence[str]
+) -> list[str]:
+    """Whether the target is asked prompts of the pairs, too.
+
+    Held-out pairs choose nothing, so on dev they are no matter.
+    """
     return [
-        f"{both} of the {len(target.items)} prompts of {target.card.name} are prompts of the pairs,"
-        " too: the curve is partly measured on what importance was measured on."
+        f"{both} of the {len(asked)} {which} of {task} are prompts of the {pairs}, too: {what}"
+        " partly measured on what importance was measured on."
+        for asked, which, prompts, pairs, what in (
+            (test, "prompts", fit, "pairs", "the curve is"),
+            (test, "prompts", held_out - fit, "held-out pairs", "the curve is"),
+            (dev, "dev prompts", fit, "pairs", "what chooses the loss and what restores it is"),
+        )
+        if (both := sum(prompt in prompts for prompt in asked))
     ]

@@ -42,7 +42,7 @@ def steermoe(
     batch_size
         Prompts a batch.
     """
-    from moesteer.reproduce import steermoe as paper
+    from moesteer.reproduce.steermoe import road as paper
 
     stand_in, bundled = _stand_in(model, "testbed", [*(pairs or []), *(data or [])])
     _check(limit, batch_size)
@@ -83,7 +83,7 @@ def expert_refusal(
     batch_size
         Prompts a batch.
     """
-    from moesteer.reproduce import expert_refusal as paper
+    from moesteer.reproduce.expert_refusal import road as paper
 
     stand_in, bundled = _stand_in(model, "testbed-expert", data or [])
     _check(limit, batch_size, options)
@@ -145,24 +145,28 @@ def _walk(
     options: ModelOptions,
 ) -> None:
     """Say what will be done, do it, and write it down."""
-    from pathlib import Path
-
     import torch
 
     from moesteer.chat import parse_chat_options
     from moesteer.files import write_text
     from moesteer.report.progress import counted_progress
-    from moesteer.report.reproduce_page import plan_page, reproduction_page, tables_markdown
+    from moesteer.report.reproduce_page import (
+        plan_page,
+        reproduction_of,
+        reproduction_page,
+        tables_markdown,
+        tables_of,
+    )
     from moesteer.report.terminal import print_text
     from moesteer.report.write_report import write_report
-    from moesteer.reproduce.steps import walk
+    from moesteer.reproduce.steps import SUMMARY, walk
 
     chat_options = parse_chat_options(options.chat_option or [])
     road.check()
     if road.bundled:
         torch.set_num_threads(1)  # on so small a model, threads mostly wait for each other
     print_text(plan_page(road), width=110)
-    result = walk(
+    walked = walk(
         road,
         load,
         out,
@@ -172,8 +176,9 @@ def _walk(
         say=lambda line: print(f"moesteer: {line}", file=sys.stderr),
         stage=counted_progress,
     )
+    result, folder = reproduction_of(walked, tables_of(road.paper.name)), walked.folder
+    write_text(folder / SUMMARY, result.to_json() + "\n")
     print_text(reproduction_page(result))
-    folder = Path(out)
     write_text(folder / "tables.md", tables_markdown(result))
     if result.runs:
         write_report([folder / run for run in result.runs], folder / "report.html")

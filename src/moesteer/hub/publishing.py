@@ -5,6 +5,7 @@ profile its last part is left; a model that was loaded from a folder is called b
 Hub, where that is given, or else by its folder's own name.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -103,10 +104,25 @@ def bare_command(commands: str, renamed: Mapping[str, str]) -> str:
     def bare(word: str) -> str:
         if word in renamed:
             return renamed[word]
+        if "/" not in word:
+            return word
+        if word[0] in '{["':
+            try:
+                return json.dumps(bare_json(json.loads(word)), ensure_ascii=False)
+            except ValueError:  # no JSON after all
+                pass
         name, equals, value = word.partition("=")
-        if equals and "/" not in name:  # KEY=VALUE
-            return f"{name}={renamed.get(value, _last_part(value))}"
+        # KEY=VALUE and --OPTION=KEY=VALUE; the key may be a card in some folder.
+        if equals and ("/" not in name or name.endswith(".toml")):
+            return f"{_last_part(name)}={bare(value)}"
         return _last_part(word)
+
+    def bare_json(value: object) -> object:
+        if isinstance(value, dict):
+            return {bare(name): bare_json(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [bare_json(inner) for inner in value]
+        return bare(value) if isinstance(value, str) else value
 
     lines = []
     for line in commands.split(" && "):

@@ -14,6 +14,7 @@ from moesteer.evaluation.comparison import STEERED, UNSTEERED, Comparison, Share
 from moesteer.profile import Expert
 from moesteer.report.audit_words import (
     cautions,
+    choosing,
     halving,
     losing_verdict,
     naming,
@@ -151,9 +152,10 @@ def _curve_cells(audit: Audit, point: Point, prices: list[str]) -> list[str]:
 
 def restoring_parts(audit: Audit) -> Iterator[RenderableType]:
     """What was tried on dev, and what it does on test."""
-    if not audit.restored:
+    if not audit.curve:
         return
     yield Text("Restoring", "bold")
+    yield Text(choosing(audit))
     for restored, (sentence, _) in zip(audit.restored, restoring_verdicts(audit), strict=True):
         tried = ", ".join(f"{one.activated}: {one.share:.0%}" for one in restored.tried)
         yield Text(sentence)

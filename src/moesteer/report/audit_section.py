@@ -11,6 +11,7 @@ from moesteer.evaluation.comparison import STEERED, UNSTEERED, Share, pool_of
 from moesteer.profile import Profile
 from moesteer.report.audit_page import MEASURES, measure_cells, role
 from moesteer.report.audit_words import (
+    choosing,
     halving,
     losing_verdict,
     naming,
@@ -56,6 +57,7 @@ def audit_blocks(audited: Audited) -> list[Block]:
     ]
     if audit.curve:
         blocks.append(_curve_figure(audit))
+        blocks.append(Paragraph(choosing(audit)))
     if audit.restored:
         blocks += [_tried_table(audit.restored), *_restored_table(audit)]
     return [*blocks, *(Paragraph(note) for note in audit.notes)]

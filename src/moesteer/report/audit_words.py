@@ -76,6 +76,22 @@ def losing_verdict(audit: Audit) -> Found | None:
     return None if point is None else verdicts(point.comparison)[0]
 
 
+def choosing(audit: Audit) -> str:
+    """Which loss was to be restored, and by what that was chosen."""
+    if not audit.curve:
+        return ""
+    if audit.halved_on_dev is None:
+        return (
+            "On the dev prompts, as far as replies could be judged with every loss, the share does"
+            f" not fall by half with up to {audit.curve[-1].lost} lost: nothing was to be restored."
+        )
+    return (
+        f"Which loss is restored was read off the dev prompts, where the share of “{audit.outcome}”"
+        f" has halved with {lost_words(audit.halved_on_dev)}; what comes back is measured on the"
+        " test prompts, which chose nothing."
+    )
+
+
 def restoring_verdicts(audit: Audit) -> list[tuple[str, bool]]:
     """Of each loss: does activating other experts restore the behaviour, and is that claimed?"""
     said = []

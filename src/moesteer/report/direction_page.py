@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moesteer.direction import Candidates
+from moesteer.directions.candidates import used
 from moesteer.profile import Profile
-from moesteer.report.candidates import used
 from moesteer.report.terminal import expert_table, profile_facts
 
 LEGEND = {

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from moesteer.direction import Direction
+from moesteer.directions.candidates import used, within_thresholds
 from moesteer.profile import Profile
 from moesteer.report.blocks import Block, Cell, Drawing, Figure, Paragraph, Table, number, text
-from moesteer.report.candidates import used, within_thresholds
 from moesteer.report.direction_figures import layer_map
 
 LISTED = 64

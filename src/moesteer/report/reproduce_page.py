@@ -4,7 +4,7 @@ The same blocks become the page at the terminal and `tables.md`. A bundled model
 beside no figure of a paper: what the paper reports then comes last, by itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -23,12 +23,12 @@ from moesteer.report.blocks import (
     text,
 )
 from moesteer.report.markdown import markdown_of
-from moesteer.reproduce.outcome import Entry, NotRun, Reproduction
+from moesteer.reproduce.outcome import Claim, Entry, NotRun, Reproduction
 from moesteer.reproduce.outcome import Table as Made
-from moesteer.reproduce.papers import Paper, read_paper
+from moesteer.reproduce.papers import Paper, PaperName, read_paper
 
 if TYPE_CHECKING:
-    from moesteer.reproduce.steps import Road
+    from moesteer.reproduce.steps import Road, Walked
 
 STANDS_IN = (
     "The model comes with moesteer and was built for this: its own tasks, pairs and prompts stand"
@@ -40,6 +40,41 @@ CLAIMED = (
 )
 NOT_SEEN = "nothing: see what was not run"
 APART = "Of other models and other tasks: none of it can be compared with the numbers above."
+
+
+Tables = Callable[[object, bool], Iterator[Made | Claim]]
+"""Tables and claims of a step's result; whether the model is a bundled one."""
+
+
+def tables_of(paper: PaperName) -> Tables:
+    """What makes a paper's tables."""
+    match paper:
+        case "steermoe":
+            from moesteer.report.reproduce_steermoe import steermoe_tables as found
+        case "expert-refusal":
+            from moesteer.report.reproduce_expert_refusal import expert_refusal_tables as found
+        case "rationales":
+            from moesteer.report.reproduce_rationales import rationales_tables as found
+    return found
+
+
+def reproduction_of(walked: "Walked", tables: Tables) -> Reproduction:
+    """The tables and claims of a road, claims in the paper's order."""
+    road = walked.road
+    made = [one for result in walked.results for one in tables(result, road.bundled)]
+    order = [finding.key for finding in road.paper.findings]
+    claims = [one for one in made if isinstance(one, Claim)]
+    return Reproduction(
+        road.paper.name,
+        walked.model,
+        road.bundled,
+        road.limit,
+        (*road.settings, walked.thinking),
+        tuple(sorted(claims, key=lambda claim: order.index(claim.key))),
+        tuple(one for one in made if isinstance(one, Made)),
+        walked.not_run,
+        walked.runs,
+    )
 
 
 def plan_page(road: "Road") -> RenderableType:

@@ -5,22 +5,22 @@ was interrupted is taken up where it was, and one that wanted data goes on once 
 
     run.json, inputs.jsonl    which paper, which model, how; which data were given for what
     …                         the steps' own runs, profiles and prompts
-    summary.json              see `outcome.py`
+    summary.json              see `outcome.py`: written at the very end, from what `walk` returns
 
-A step that fails, for want of a judge, say, is told with its reason, and the others go on.
+A step makes results, dataclasses of the paper's; what is said of them is the report's. One that
+fails, for want of a judge, say, is told with its reason, and the others go on.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesteer.errors import MoesteerError
-from moesteer.files import write_text
 from moesteer.provenance import about
-from moesteer.reproduce.outcome import Claim, NotRun, Reproduction, Table
+from moesteer.reproduce.outcome import NotRun
 from moesteer.reproduce.papers import Paper
 from moesteer.runs import Run, open_run
 
@@ -54,20 +54,17 @@ class Context:
     stage: Stage
 
 
-Made = Table | Claim | NotRun
-"""What a step makes; a part of it that could not be run is told beside the rest."""
-
-
 @dataclass(frozen=True)
 class Step:
     """`title` names it, `plan` says what will be done; `missing`: what it wants, empty if nothing.
 
-    `runs` are the folders and files that it makes, for a report.
+    `run` gives its results, and a NotRun for a part of it that could not be run. `runs` are the
+    folders and files that it makes, for a report.
     """
 
     title: str
     plan: str
-    run: Callable[[Context], Iterable[Made]]
+    run: Callable[[Context], Iterable[object]]
     missing: str = ""
     runs: tuple[str, ...] = ()
 
@@ -110,6 +107,20 @@ class Road:
             )
 
 
+@dataclass(frozen=True)
+class Walked:
+    """What came of a road on the model of this name: the results of its steps, in their order, and
+    what was not run. `thinking` says whether the model was let think; `runs` are in `folder`."""
+
+    road: Road
+    model: str
+    thinking: str
+    results: tuple[object, ...]
+    not_run: tuple[NotRun, ...]
+    folder: Path
+    runs: tuple[str, ...]
+
+
 def walk(
     road: Road,
     load: "Callable[[], Engine]",
@@ -120,8 +131,8 @@ def walk(
     command: str = "",
     say: Callable[[str], None] | None = None,
     stage: Stage = untold,
-) -> Reproduction:
-    """Run every step that can be run, in the folder `out`, and sum up.
+) -> Walked:
+    """Run every step that can be run, in the folder `out`.
 
     `load` loads the model. An interrupted road is taken up, and what was brought since is run.
     Raises MoesteerError where nothing can be run, and where `out` holds another paper's road,
@@ -142,34 +153,23 @@ def walk(
     with open_run(out, f"reproduce {road.paper.name}", identity, about(command)) as run:
         _keep_inputs(run, road.inputs)
         context = Context(engine, load, run.folder, options, batch_size, command, told, stage)
-        made: list[Made] = []
+        results: list[object] = []
         for number, step in enumerate(road.ready, start=1):
             told(f"step {number} of {len(road.ready)}: {step.title}")
             try:
-                made += step.run(context)
+                results += step.run(context)
             except MoesteerError as error:
                 told(f"{step.title} was not finished: {error}")
-                made.append(NotRun(step.title, str(error), failed=True))
-        result = Reproduction(
-            road.paper.name,
+                results.append(NotRun(step.title, str(error), failed=True))
+        return Walked(
+            road,
             engine.facts.id,
-            road.bundled,
-            road.limit,
-            (*road.settings, thinking),
-            _in_order(road.paper, made),
-            tuple(one for one in made if isinstance(one, Table)),
-            (*(one for one in made if isinstance(one, NotRun)), *road.not_ready),
+            thinking,
+            tuple(one for one in results if not isinstance(one, NotRun)),
+            (*(one for one in results if isinstance(one, NotRun)), *road.not_ready),
+            run.folder,
             tuple(name for step in road.ready for name in step.runs if _done(run.folder / name)),
         )
-        write_text(run.folder / SUMMARY, result.to_json() + "\n")
-    return result
-
-
-def _in_order(paper: Paper, made: Sequence[Made]) -> tuple[Claim, ...]:
-    """The claims in the paper's order."""
-    order = [finding.key for finding in paper.findings]
-    claims = [one for one in made if isinstance(one, Claim)]
-    return tuple(sorted(claims, key=lambda claim: order.index(claim.key)))
 
 
 def without_thinking(
@@ -209,8 +209,3 @@ def _keep_inputs(run: Run, inputs: Mapping[str, str]) -> None:
 def _done(path: Path) -> bool:
     """Whether a step has left its result there: a profile, or a run with its summary."""
     return path.is_file() or any((path / name).is_file() for name in (SUMMARY, "epochs.jsonl"))
-
-
-def listed(names: Sequence[str]) -> str:
-    """ "a, b and c" of some names."""
-    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))

@@ -61,7 +61,10 @@ def main(names: Sequence[str]) -> None:
             done = subprocess.run([sys.executable, __file__, HERE, page], cwd=folder)
         failed += done.returncode != 0
         told = "failed" if done.returncode else "ran"
-        print(f"{os.path.relpath(page, ROOT)}: {told} in {time.monotonic() - started:.0f} s")
+        print(
+            f"{os.path.relpath(page, ROOT)}: {told} in {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
     if failed:
         sys.exit(f"{failed} of {len(pages)} pages have a block that fails.")
 

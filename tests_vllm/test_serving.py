@@ -3,11 +3,9 @@
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from served import served
 
 from moesteer import testbed
 from moesteer.direction import Direction
@@ -106,37 +105,15 @@ def command(*arguments: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def server(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
     profiles = [f"--profile={name}={files / name}.safetensors" for name in NAMES]
-    options = ["--port", str(port), "--", *ENGINE, "--api-key", API_KEY]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command("testbed", *profiles, *options),
-            env=environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    found = Server(f"http://127.0.0.1:{port}", log)
-    try:
-        until = time.monotonic() + 110
-        while True:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            try:
-                httpx.get(f"{found.url}/health").raise_for_status()
-                break
-            except httpx.TransportError:
-                time.sleep(0.3)
-        yield found
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
+
+    def started(port: int) -> list[str]:
+        options = ["--port", str(port), "--", *ENGINE, "--api-key", API_KEY]
+        return command("testbed", *profiles, *options)
+
+    with served(started, environment(), log) as url:
+        yield Server(url, log)
 
 
 @pytest.fixture(scope="module")

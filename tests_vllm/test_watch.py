@@ -2,11 +2,7 @@
 
 import os
 import re
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from served import served
 
 from moesteer import testbed
 from moesteer.contrast import Message
@@ -109,39 +106,20 @@ def offline(files: Path) -> Offline:
 
 @pytest.fixture(scope="module")
 def server(files: Path, offline: Offline) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }
-    command = [
-        *(sys.executable, "-m", "moesteer", "serve", "testbed", "--port", str(port)),
-        *("--profile", f"answer={files}/answer.safetensors"),
-        *("--watch", f"{files}/watch.safetensors", "--", *ENGINE),
-    ]
-    log = files / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    found = Server(f"http://127.0.0.1:{port}")
-    try:
-        until = time.monotonic() + 240
-        while True:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            try:
-                httpx.get(f"{found.url}/health").raise_for_status()
-                break
-            except httpx.TransportError:
-                time.sleep(0.3)
-        yield found
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
+
+    def command(port: int) -> list[str]:
+        return [
+            *(sys.executable, "-m", "moesteer", "serve", "testbed", "--port", str(port)),
+            *("--profile", f"answer={files}/answer.safetensors"),
+            *("--watch", f"{files}/watch.safetensors", "--", *ENGINE),
+        ]
+
+    with served(command, environment, files / "log") as url:
+        yield Server(url)
 
 
 def questions(task: str) -> list[str]:

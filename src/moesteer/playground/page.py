@@ -83,8 +83,10 @@ def _wire_profile(parts: Parts, drafts: Sequence[Draft], command: str) -> None:
         turned = choose(draft, int(activate), int(deactivate), toward)
         return show(turned) | sliders(turned)
 
-    def click(draft: Draft, event: gr.EventData) -> Updates:
-        return show(cycle(draft, (int(event.layer), int(event.expert))))
+    def clicks(draft: Draft, event: gr.EventData) -> Updates:
+        for layer, expert in event.experts:
+            draft = cycle(draft, (int(layer), int(expert)))
+        return show(draft)
 
     def save(draft: Draft, name: str) -> Updates:
         try:
@@ -114,7 +116,7 @@ def _wire_profile(parts: Parts, drafts: Sequence[Draft], command: str) -> None:
         shown,
         **last,
     )
-    parts.heat.click(click, parts.draft, shown, **each)
+    parts.heat.click(clicks, parts.draft, shown, **each)
     parts.save.click(save, [parts.draft, parts.name], [parts.file, parts.proof], **each).then(
         None, parts.file, None, js=DOWNLOAD, **QUIET
     )

@@ -4,6 +4,18 @@ const items = () => [...element.querySelectorAll(ITEM)];
 const item_of = (event) => event.target.closest(ITEM);
 let at = null;
 
+// Clicks are reported one report at a time, those since the last one together: of several answers on their way gradio
+// may leave one out.
+let clicked = [];
+let patience = null;
+const report = () => {
+  if (patience || !clicked.length) return;
+  trigger("click", { experts: clicked });
+  clicked = [];
+  patience = setTimeout(answered, 3000);
+};
+const answered = () => { clearTimeout(patience); patience = null; report(); };
+
 const tell = (item) => {
   const told = element.querySelector(".told");
   if (item && told) { at = item; told.textContent = item.dataset.told ?? item.getAttribute("aria-label"); }
@@ -37,7 +49,7 @@ element.addEventListener("click", (event) => {
   if (!item) return;
   tell(item);
   reachable();
-  if (item.dataset.expert) trigger("click", { layer: +item.dataset.layer, expert: +item.dataset.expert });
+  if (item.dataset.expert) { clicked.push([+item.dataset.layer, +item.dataset.expert]); report(); }
 });
 element.addEventListener("keydown", (event) => {
   const item = item_of(event);
@@ -48,5 +60,5 @@ element.addEventListener("keydown", (event) => {
   reachable();
   next.focus();
 });
-watch("value", () => { reachable(); if (at) tell(at); });
+watch("value", () => { answered(); reachable(); if (at) tell(at); });
 reachable();

@@ -19,9 +19,9 @@ from moesteer.detection.knocking import knock
 from moesteer.detection.selecting import select_experts
 from moesteer.engines.base import Engine
 from moesteer.errors import MoesteerError, MoesteerWarning
-from moesteer.evaluation.comparison import wilson_interval
 from moesteer.evaluation.controls import random_control
 from moesteer.profile import Expert, Profile, Side
+from moesteer.statistics.intervals import wilson_interval
 from moesteer.testbed import ground_truth
 from moesteer.testbed.world import BEHAVIOURS, Probe, outcome, probes
 

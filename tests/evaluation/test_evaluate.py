@@ -16,10 +16,11 @@ from moesteer.engines.transformers_engine import TransformersEngine, load_transf
 from moesteer.errors import MoesteerError, MoesteerWarning
 from moesteer.evaluation import evaluate as home
 from moesteer.evaluation.cards import all_cards, read_card
-from moesteer.evaluation.comparison import STEERED, UNSTEERED, Comparison, wilson_interval
+from moesteer.evaluation.comparison import STEERED, UNSTEERED, Comparison
 from moesteer.evaluation.evaluate import evaluate, with_prices
 from moesteer.evaluation.task import Item, Verdict
 from moesteer.profile import Profile, Scores
+from moesteer.statistics.intervals import wilson_interval
 from moesteer.testbed import ground_truth
 from moesteer.testbed.world import outcome, probes
 

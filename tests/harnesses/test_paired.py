@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesteer.errors import MoesteerError
-from moesteer.evaluation.comparison import ArmFacts, mcnemar_p
+from moesteer.evaluation.comparison import ArmFacts
 from moesteer.harnesses.paired import (
     RESAMPLES,
     SEED,
@@ -20,6 +20,7 @@ from moesteer.harnesses.paired import (
     Value,
     compare,
 )
+from moesteer.statistics.paired import mcnemar_p
 
 ARMS = ("unsteered", "steered", "random 0", "random 1")
 

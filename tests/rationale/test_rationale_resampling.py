@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import permutation_test
 
-from moesteer.evaluation.comparison import mcnemar_p, paired_bootstrap_difference
 from moesteer.rationale.resampling import bootstrap_intervals, counts_and_means, sign_flip_p
+from moesteer.statistics.intervals import mean_interval
+from moesteer.statistics.paired import mcnemar_p
 
 NAN = np.nan
 
@@ -41,7 +42,7 @@ def test_the_bootstrap_of_comparisons_agrees():
     table = rng.normal(size=(60, 4)).round(1)
     found = bootstrap_intervals(table, seed=0)
     for column, ends in zip(table.T, found.T, strict=True):
-        expected = paired_bootstrap_difference(column, seed=1)
+        expected = mean_interval(column, seed=1)
         assert ends == pytest.approx(expected, abs=0.02)
 
 

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from moesteer.detection.significance import LEVEL, RESAMPLES
+from moesteer.detection.significance import RESAMPLES
+from moesteer.statistics.intervals import percentile_interval, resampled
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,23 @@ class Concentration:
 def concentration(effects: Float[np.ndarray, "pair expert"], *, seed: int = 0) -> Concentration:
     """The measures of knock-out effects in nats, with intervals over pairs."""
     pairs = len(effects)
-    draws = np.random.default_rng(seed).multinomial(pairs, np.full(pairs, 1 / pairs), RESAMPLES)
+    draws = resampled(pairs, RESAMPLES, np.random.default_rng(seed))
     mean, drawn = effects.mean(0), draws @ effects / pairs
-    losses, resampled = np.maximum(mean, 0), np.maximum(drawn, 0)
+    losses, redrawn = np.maximum(mean, 0), np.maximum(drawn, 0)
 
     def measure(values: Float[np.ndarray, "*some"], drawn: Float[np.ndarray, "*more"]) -> Measure:
         known = drawn[~np.isnan(drawn)]
         if np.isnan(values) or not len(known):
             return Measure(None, None, None)
-        low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        low, high = percentile_interval(known)
         return Measure(float(values), float(low), float(high))
 
     return Concentration(
         effects.shape[1],
-        measure(np.asarray(losses.sum(-1)), resampled.sum(-1)),
-        measure(gini(losses), gini(resampled)),
-        measure(effective_number(losses), effective_number(resampled)),
-        *(measure(top_share(losses, m), top_share(resampled, m)) for m in (1, 3, 10)),
+        measure(np.asarray(losses.sum(-1)), redrawn.sum(-1)),
+        measure(gini(losses), gini(redrawn)),
+        measure(effective_number(losses), effective_number(redrawn)),
+        *(measure(top_share(losses, m), top_share(redrawn, m)) for m in (1, 3, 10)),
     )
 
 

@@ -29,14 +29,13 @@ from jaxtyping import Bool
 from moesteer.auditing.importance import Importance
 from moesteer.detection.significance import RESAMPLES
 from moesteer.evaluation.comparison import (
-    LEVEL,
     STEERED,
     UNSTEERED,
     Comparison,
-    paired_bootstrap_difference,
 )
 from moesteer.evaluation.controls import room_down, that_fit
 from moesteer.profile import Expert, LayerShape, Profile
+from moesteer.statistics.intervals import mean_interval, percentile_interval, resampled
 
 INTACT = "intact"
 
@@ -200,11 +199,8 @@ def halved(
         last = np.ones((1, counts.shape[1]), dtype=bool)
         return numbers[np.concatenate([fallen, last]).argmax(0)]
 
-    draws = np.random.default_rng(seed).multinomial(
-        prompts, np.full(prompts, 1 / prompts), RESAMPLES
-    )
-    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    low, high = np.quantile(first(hits @ draws.T), tails, method="inverted_cdf")
+    draws = resampled(prompts, RESAMPLES, np.random.default_rng(seed))
+    low, high = percentile_interval(first(hits @ draws.T), method="inverted_cdf")
     value = first(hits.sum(1, keepdims=True))[0]
     return Halved(*(int(n) if math.isfinite(n) else None for n in (value, low, high)))
 
@@ -225,5 +221,5 @@ def area_between(
     gaps = [randomly[n].mean(0) - important[n] for n in numbers]
     heights = np.stack([np.zeros_like(gaps[0]), *gaps])
     by_prompt = np.asarray(np.trapezoid(heights, [0, *numbers], axis=0) / numbers[-1])
-    low, high = paired_bootstrap_difference(by_prompt, seed=seed)
+    low, high = mean_interval(by_prompt, seed=seed)
     return Area(numbers[-1], float(by_prompt.mean()), low, high)

@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from moesteer.detection.significance import (
-    LEVEL,
     RESAMPLES,
     false_discovery_rate,
     sign_flip_test,
 )
 from moesteer.profile import Scores
+from moesteer.statistics.intervals import LEVEL, percentile_interval, resampled
 
 INTERVAL = f"{LEVEL:.0%} percentile bootstrap over pairs, {RESAMPLES} resamples"
 
@@ -46,10 +46,8 @@ def _interval(
     effects: Float[np.ndarray, "pair layer expert"], seed: int
 ) -> tuple[Float[np.ndarray, "layer expert"], Float[np.ndarray, "layer expert"]]:
     pairs = len(effects)
-    generator = np.random.default_rng(seed)
-    draws = generator.multinomial(pairs, np.full(pairs, 1 / pairs), size=RESAMPLES) / pairs
-    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    draws = resampled(pairs, RESAMPLES, np.random.default_rng(seed)) / pairs
     low, high = np.empty(effects.shape[1:]), np.empty(effects.shape[1:])
     for layer in range(effects.shape[1]):
-        low[layer], high[layer] = np.quantile(draws @ effects[:, layer], tails, axis=0)
+        low[layer], high[layer] = percentile_interval(draws @ effects[:, layer])
     return low, high

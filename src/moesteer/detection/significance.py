@@ -36,11 +36,11 @@ from moesteer.detection.resampling import (
     layer_scores,
     scores_of_all,
 )
+from moesteer.statistics.intervals import LEVEL, percentile_interval, resampled
 
 RESAMPLES = 1000
 PERMUTATIONS = 1000
 SPLITS = 50
-LEVEL = 0.95
 
 
 def bootstrapped(
@@ -57,12 +57,10 @@ def bootstrapped(
     pairs = len(counts.tokens)
     if pairs == 1:
         return Estimate(value, value, value, "none: one pair can't be resampled")
-    generator = np.random.default_rng(seed)
-    draws = generator.multinomial(pairs, np.full(pairs, 1 / pairs), size=resamples)
-    tails = [(1 - level) / 2, (1 + level) / 2]
+    draws = resampled(pairs, resamples, np.random.default_rng(seed))
     low, high = np.empty_like(value), np.empty_like(value)
     for layer, drawn in enumerate(layer_scores(parts, score, counts, draws.astype(np.float64))):
-        low[layer], high[layer] = np.quantile(drawn, tails, axis=0)
+        low[layer], high[layer] = percentile_interval(drawn, level)
     words = f"{level:.0%} percentile bootstrap over pairs, {resamples} resamples"
     return Estimate(value, low, high, words)
 

@@ -23,7 +23,7 @@ from moesteer.detection.resampling import (
     layer_scores,
     scores_of_all,
 )
-from moesteer.detection.significance import LEVEL
+from moesteer.statistics.intervals import LEVEL, wilson_interval
 
 HALF_SAMPLES = 100
 STRONGEST = 0.02
@@ -78,7 +78,4 @@ def _among_strongest(
 
 def _wilson(n: int) -> Float[np.ndarray, "count 2"]:
     """Ends of the interval of k of n, for each k from 0 to n."""
-    from scipy.stats import binomtest
-
-    intervals = [binomtest(k, n).proportion_ci(LEVEL, "wilson") for k in range(n + 1)]
-    return np.array([(interval.low, interval.high) for interval in intervals])
+    return np.array([wilson_interval(k, n) for k in range(n + 1)])

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from moesteer.direction import Place
+from moesteer.statistics.intervals import percentile_interval, resampled
 
 RESAMPLES = 1000
-LEVEL = 0.95
 
 Part = Literal["embedding", "attention", "expert", "rest"]
 PARTS: tuple[Part, ...] = ("embedding", "attention", "expert", "rest")
@@ -81,7 +81,7 @@ def shares(
     # What is the same in all prompts is 0 then, and not what rounding leaves.
     a, b = a - a[:1], b - a[:1]
     value = (a.mean(0) - b.mean(0)) @ sums
-    low, high = _interval((draws_a @ a - draws_b @ b) @ sums)
+    low, high = percentile_interval((draws_a @ a - draws_b @ b) @ sums)
     total = float(value[-1])
     named: list[Column] = [*columns, *((part, None, None) for part in PARTS)]
     found = tuple(
@@ -98,15 +98,7 @@ def _share(value: float, total: float) -> float:
 
 def _draws(prompts: int, seed: int) -> Float[np.ndarray, "resample prompt"]:
     """How large a part each prompt is of each resample."""
-    drawn = np.random.default_rng(seed).multinomial(
-        prompts, np.full(prompts, 1 / prompts), size=RESAMPLES
-    )
-    return drawn / prompts
-
-
-def _interval(drawn: Float[np.ndarray, "resample ..."]) -> tuple[np.ndarray, np.ndarray]:
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return low, high
+    return resampled(prompts, RESAMPLES, np.random.default_rng(seed)) / prompts
 
 
 # -- what its loss changes -----------------------------------------------------------------------
@@ -116,7 +108,8 @@ def ablations(scores: Float[np.ndarray, "what prompt"], seed: int) -> tuple[Abla
     """Mean scores with intervals, in the order of `ABLATED`, and changes against the first."""
     draws = _draws(scores.shape[1], seed)
     change = scores - scores[0]
-    (low, high), (change_low, change_high) = (_interval(draws @ t.T) for t in (scores, change))
+    low, high = percentile_interval(draws @ scores.T)
+    change_low, change_high = percentile_interval(draws @ change.T)
     return tuple(
         Ablated(
             what,  # pyright: ignore[reportArgumentType]

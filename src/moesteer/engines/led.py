@@ -58,6 +58,7 @@ class _Followers:
         quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         os.environ |= shared | {"RANK": "0", "LOCAL_RANK": "0"}
         self._ending = self._within = False
+        self._alone = threading.RLock()  # all must do the same in the same order
         self._started = [
             subprocess.Popen(
                 [sys.executable, "-m", "moesteer.engines.following"],
@@ -77,16 +78,17 @@ class _Followers:
         """The method, called in all processes; what it gives one by one is all made at once."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self._within:  # a method that asks another, as it does in the followers
-                return method(*args, **kwargs)
-            followed = {key: value for key, value in kwargs.items() if key != "progress"}
-            self._tell((name, args, followed))
-            self._within = True
-            try:
-                result = method(*args, **kwargs)
-                return iter(list(result)) if isinstance(result, Iterator) else result
-            finally:
-                self._within = False
+            with self._alone:
+                if self._within:  # a method that asks another, as it does in the followers
+                    return method(*args, **kwargs)
+                followed = {key: value for key, value in kwargs.items() if key != "progress"}
+                self._tell((name, args, followed))
+                self._within = True
+                try:
+                    result = method(*args, **kwargs)
+                    return iter(list(result)) if isinstance(result, Iterator) else result
+                finally:
+                    self._within = False
 
         return call
 

@@ -89,11 +89,23 @@ class TransformersEngine:
         self.max_tokens: int | None = getattr(
             model.config.get_text_config(), "max_position_embeddings", None
         )
+        if processes_of(model) > 1:  # all run the model, and so all look now
+            _ = self._sought_stream
 
-    @cached_property
+    @property
     def stream(self) -> Stream:
         """The model's residual stream; MoesteerError where its layers don't add up."""
-        return find_stream(self.model, self.layers)
+        if isinstance(self._sought_stream, MoesteerError):
+            raise self._sought_stream
+        return self._sought_stream
+
+    @cached_property
+    def _sought_stream(self) -> Stream | MoesteerError:
+        """The stream, or why there is none: it is looked for once, with a run of the model."""
+        try:
+            return find_stream(self.model, self.layers)
+        except MoesteerError as error:
+            return error
 
     @torch.inference_mode()
     def count_selections(

@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
 
 from moesteer.errors import MoesteerError
+from moesteer.statistics.intervals import mean_interval, wilson_interval
+from moesteer.statistics.paired import holm, matched_p
 from moesteer.summaries import as_json, from_json
 
 SUMMARY_SCHEMA = 1
-LEVEL = 0.95
-RESAMPLES = 10_000
 
 UNSTEERED, STEERED = "unsteered", "steered"
 UNGATED = "ungated"
@@ -251,7 +250,7 @@ def _difference(task: str, hits: Values, arm: str, against: str, seed: int) -> D
     if not items:
         return Difference(task, arm, against, 0, None, None, None, None, None)
     by_item = np.array([np.mean(ours[i]) - np.mean(theirs[i]) for i in items])
-    low, high = paired_bootstrap_difference(by_item, seed=seed)
+    low, high = mean_interval(by_item, seed=seed)
     # One of the two is a single arm always: it stands against the other's seeds.
     one, many = (theirs, ours) if against == UNSTEERED else (ours, theirs)
     p = matched_p([one[i][0] for i in items], [many[i] for i in items])
@@ -283,85 +282,3 @@ def _with_holm(
         Difference(**{**vars(d), "holm": adjusted.get(place)})
         for place, d in enumerate(differences)
     ]
-
-
-# -- statistics ----------------------------------------------------------------------------------
-
-
-def wilson_interval(count: int, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """Wilson's score interval of a share; 0 to 1 where nothing was judged.
-
-    Wilson 1927, Journal of the American Statistical Association 22, 209–212.
-    """
-    from scipy.stats import binomtest
-
-    if n == 0:
-        return 0.0, 1.0
-    interval = binomtest(count, n).proportion_ci(level, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def mcnemar_p(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
-    """Exact two-sided p of McNemar's test on paired outcomes; 1 where no pair differs.
-
-    McNemar 1947, Psychometrika 12, 153–157: a binomial test on the discordant pairs.
-    """
-    from scipy.stats import binomtest
-
-    ahead = sum(a and not b for a, b in zip(ours, theirs, strict=True))
-    behind = sum(b and not a for a, b in zip(ours, theirs, strict=True))
-    return float(binomtest(ahead, ahead + behind).pvalue) if ahead + behind else 1.0
-
-
-def matched_p(one: Sequence[bool], many: Sequence[Sequence[bool]]) -> float:
-    """Exact two-sided p that an arm hits as often as the arms matched to it, item by item.
-
-    `many` holds an item's replies in the other arms, at least one. Given an item's t hits among its
-    1 + s replies, the single arm has one with probability t / (1 + s), so its hits are a sum of
-    binomials. p sums what is no likelier than what was seen, as the exact binomial test does.
-    Miettinen 1969, Biometrics 25, 339–355.
-    """
-    from scipy.stats import binom
-
-    chances = Counter(
-        (int(hit) + sum(others)) / (1 + len(others)) for hit, others in zip(one, many, strict=True)
-    )
-    probability = np.ones(1)
-    for chance, items in chances.items():
-        probability = np.convolve(probability, binom.pmf(np.arange(items + 1), items, chance))
-    seen = probability[sum(map(int, one))]
-    return float(min(1.0, probability[probability <= seen * (1 + 1e-7)].sum()))
-
-
-def paired_bootstrap_difference(
-    by_item: Float[np.ndarray, " item"],
-    *,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile interval of the mean difference, drawing items with replacement.
-
-    Few values occur, so a resample is a draw of how often each does (multinomial), not of items.
-    Of no width where every item did the same: read the shares' own intervals there.
-    """
-    values, often = np.unique(by_item, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(
-        len(by_item), often / len(by_item), size=resamples
-    )
-    means = draws @ values / len(by_item)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment, in the order given.
-
-    The i-th smallest of m becomes the largest of (m − j + 1) · p(j) over j ≤ i, at most 1.
-    Holm 1979, Scandinavian Journal of Statistics 6, 65–70.
-    """
-    order = np.argsort(p, kind="stable")
-    scaled = np.asarray(p, dtype=float)[order] * np.arange(len(p), 0, -1)
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(scaled))
-    return [float(value) for value in adjusted]

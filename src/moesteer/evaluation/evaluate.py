@@ -27,7 +27,6 @@ from moesteer.evaluation.comparison import (
     Gated,
     TaskFacts,
     compare,
-    wilson_interval,
 )
 from moesteer.evaluation.controls import arms as arms_of
 from moesteer.evaluation.drift import (
@@ -44,6 +43,7 @@ from moesteer.generate import GROUP, check_length, check_steers
 from moesteer.profile import check_model
 from moesteer.provenance import about
 from moesteer.runs import Run, open_run
+from moesteer.statistics.intervals import wilson_interval
 from moesteer.tally import tally
 
 if TYPE_CHECKING:

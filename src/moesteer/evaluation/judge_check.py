@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 from moesteer.errors import MoesteerError
 from moesteer.evaluation.cards import Card, items_from, make_judges, with_prompts
 from moesteer.evaluation.changes import CHANGES, Gold
-from moesteer.evaluation.comparison import wilson_interval
 from moesteer.evaluation.judges.testbed import OUTCOMES
 from moesteer.evaluation.judging import cost_of, judge_replies
 from moesteer.evaluation.task import Item, Judge
 from moesteer.provenance import about, now
 from moesteer.runs import open_run, read_run
+from moesteer.statistics.intervals import wilson_interval
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Float
 
 from moesteer.gate import AreaUnderCurve
+from moesteer.statistics.intervals import percentile_interval, resampled
 
 RESAMPLES = 2000
-LEVEL = 0.95
 
 
 def area_under_curve(a: Float[np.ndarray, " a"], b: Float[np.ndarray, " b"]) -> float:
@@ -26,15 +26,13 @@ def auc_with_interval(
     """The same with its interval."""
     above, generator = _above(a, b), np.random.default_rng(seed)
     # How often each prompt is drawn, as shares: an AUC of a resample is a weighted mean.
-    drawn_a, drawn_b = (
-        generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in above.shape
-    )
+    drawn_a, drawn_b = (resampled(n, RESAMPLES, generator) / n for n in above.shape)
     return spread(((drawn_a @ above) * drawn_b).sum(-1), float(above.mean()))
 
 
 def spread(values: Float[np.ndarray, " value"], middle: float | None = None) -> AreaUnderCurve:
     """The middle 95 % of some AUCs, around their mean unless another `middle` is given."""
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = percentile_interval(values)
     return AreaUnderCurve(
         float(values.mean()) if middle is None else middle, float(low), float(high)
     )

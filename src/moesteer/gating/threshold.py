@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Float
 
 from moesteer.errors import MoesteerError
-from moesteer.evaluation.comparison import wilson_interval
 from moesteer.gate import Opened
+from moesteer.statistics.intervals import wilson_interval
 
 
 def choose_threshold(

@@ -26,15 +26,13 @@ from jaxtyping import Float
 
 from moesteer.errors import MoesteerError
 from moesteer.evaluation.comparison import (
-    LEVEL,
     UNSTEERED,
     ArmFacts,
     compared,
-    holm,
-    matched_p,
-    paired_bootstrap_difference,
     pool_of,
 )
+from moesteer.statistics.intervals import mean_interval, percentile_interval
+from moesteer.statistics.paired import holm, matched_p
 from moesteer.summaries import as_json, from_json
 
 SUMMARY_SCHEMA = 1
@@ -254,12 +252,12 @@ def _interval(
 
     if form is FORMS["mean"] and all((table[:, 1] == 1).all() for table in (*ours, *theirs)):
         by_item = np.mean([t[:, 0] for t in ours], axis=0) - np.mean([t[:, 0] for t in theirs], 0)
-        return gap(everything), *paired_bootstrap_difference(by_item, seed=SEED)
+        return gap(everything), *mean_interval(by_item, seed=SEED)
     generator = np.random.default_rng(SEED)
     gaps = [
         gap(generator.integers(len(everything), size=len(everything))) for _ in range(RESAMPLES)
     ]
-    low, high = np.quantile(gaps, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = percentile_interval(np.array(gaps))
     return gap(everything), float(low), float(high)
 
 

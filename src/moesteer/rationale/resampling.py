@@ -19,8 +19,9 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Int
 
-from moesteer.evaluation.comparison import LEVEL, RESAMPLES
+from moesteer.statistics.intervals import percentile_interval
 
+RESAMPLES = 10_000
 EXACT = 13
 """Up to so many differences all patterns of signs are looked at."""
 AT_ONCE = 1000
@@ -55,7 +56,7 @@ def bootstrap_intervals(
     ends = np.full((2, columns.shape[1]), np.nan)
     for column, means in enumerate(drawn.T):
         if len(means := means[~np.isnan(means)]):
-            ends[:, column] = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+            ends[:, column] = percentile_interval(means)
     return ends
 
 

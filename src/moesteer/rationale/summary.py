@@ -30,8 +30,6 @@ from moesteer.evaluation.comparison import (
     STEERED,
     UNSTEERED,
     compared,
-    holm,
-    wilson_interval,
 )
 from moesteer.rationale.measures import (
     ACCURACY,
@@ -49,6 +47,8 @@ from moesteer.rationale.measures import (
 from moesteer.rationale.prompting import ONE_TURN
 from moesteer.rationale.reading import Reading
 from moesteer.rationale.resampling import bootstrap_intervals, counts_and_means, sign_flip_p
+from moesteer.statistics.intervals import wilson_interval
+from moesteer.statistics.paired import holm
 from moesteer.summaries import as_json, from_json
 
 SUMMARY_SCHEMA = 1

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from moesteer.evaluation.comparison import wilson_interval
 from moesteer.monitoring.reference import Reference, Verdict
+from moesteer.statistics.intervals import wilson_interval
 
 
 def reference_lines(reference: Reference) -> list[str]:

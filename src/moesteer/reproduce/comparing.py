@@ -7,14 +7,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from moesteer.evaluation.comparison import (
-    LEVEL,
-    RESAMPLES,
-    mcnemar_p,
-    paired_bootstrap_difference,
-)
 from moesteer.evaluation.evaluate import replies_of
 from moesteer.runs import read_run
+from moesteer.statistics.intervals import mean_interval, percentile_interval
+from moesteer.statistics.paired import mcnemar_p
 
 Hits = Mapping[int, bool]
 """By prompt, whether an arm's reply was the outcome."""
@@ -48,7 +44,7 @@ def paired(ours: Hits, theirs: Hits) -> Estimate | None:
         return None
     by_item = np.array([float(ours[i]) - float(theirs[i]) for i in items])
     p = mcnemar_p([ours[i] for i in items], [theirs[i] for i in items])
-    return Estimate(float(by_item.mean()), *paired_bootstrap_difference(by_item), p)
+    return Estimate(float(by_item.mean()), *mean_interval(by_item), p)
 
 
 def ratio(one: tuple[Hits, Hits], other: tuple[Hits, Hits], seed: int = 0) -> Estimate | None:
@@ -64,13 +60,13 @@ def ratio(one: tuple[Hits, Hits], other: tuple[Hits, Hits], seed: int = 0) -> Es
         np.array([float(steered[i]) - float(unsteered[i]) for i in items])
         for steered, unsteered in (one, other)
     )
-    low, high = paired_bootstrap_difference(theirs, seed=seed)
+    low, high = mean_interval(theirs, seed=seed)
     if low <= 0 <= high:
         return None
-    drawn = np.random.default_rng(seed).integers(len(items), size=(RESAMPLES, len(items)))
+    drawn = np.random.default_rng(seed).integers(len(items), size=(10_000, len(items)))
     below = theirs[drawn].mean(1)
     ratios = mine[drawn].mean(1)[below != 0] / below[below != 0]
-    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = percentile_interval(ratios)
     value = float(mine.mean() / theirs.mean())
     return Estimate(value, float(low), float(high))
 
@@ -93,7 +89,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], seed: int = 0) -> E
     if np.isnan(value):
         return None
     found = rho(np.random.default_rng(seed).integers(len(x), size=(1000, len(x))))
-    low, high = np.nanquantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = percentile_interval(found[~np.isnan(found)])
     return Estimate(value, float(low), float(high))
 
 
@@ -109,5 +105,5 @@ def rating(folder: Path, task: str, arm: str) -> Estimate | None:
     ]
     if not rated:
         return None
-    value, (low, high) = float(np.mean(rated)), paired_bootstrap_difference(np.array(rated))
+    value, (low, high) = float(np.mean(rated)), mean_interval(np.array(rated))
     return Estimate(value, low, high)

@@ -21,6 +21,7 @@ CHECKED = [
     "moesteer.playground.passes",
     "moesteer.playground.streaming",
     "moesteer.rules",
+    "moesteer.statistics",
     "moesteer.detection",
     "moesteer.directions.means",
     "moesteer.directions.refusal",

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from moesteer.direction import Candidates, Direction
-from moesteer.profile import Evidence, LayerShape, ModelFacts, Profile, Scores
+from moesteer.model_facts import LayerShape, ModelFacts
+from moesteer.profile import Evidence, Profile, Scores
 
 # A dense layer 0, then routed layers of unequal width.
 LAYERS = (LayerShape(1, 4, 2), LayerShape(2, 4, 2), LayerShape(5, 3, 1))

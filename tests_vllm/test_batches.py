@@ -25,7 +25,8 @@ from moesteer.engines.vllm.collected import merged
 from moesteer.engines.vllm.names import COUNT, EVIDENCE_KEY, Names
 from moesteer.engines.vllm.rows import Rows
 from moesteer.engines.vllm_engine import VllmEngine
-from moesteer.profile import LayerShape, Profile
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Profile
 
 REQUESTS, PROFILES, SEQUENCES, STEP_TOKENS, BLOCKS = 64, 8, 12, 24, 14
 NEW_TOKENS = 20

@@ -13,7 +13,7 @@ from moesteer.direction import Direction, Site
 from moesteer.engines.vllm.directions import PHASES, Directed, changed, fused_change, vectors_of
 from moesteer.engines.vllm.stream import Part, Stream
 from moesteer.engines.vllm.tables import Tables
-from moesteer.profile import LayerShape
+from moesteer.model_facts import LayerShape
 
 HIDDEN, EXPERTS, ROWS, TOKENS, ROOM = 5, 4, 3, 14, 6
 SITES: tuple[Site, ...] = ((0, "input"), (0, "attention"), (0, "mlp"))

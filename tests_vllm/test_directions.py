@@ -32,7 +32,8 @@ from moesteer.engines.vllm.directions import VECTORS, room_for
 from moesteer.engines.vllm.payload import payload_of, profile_from
 from moesteer.engines.vllm_engine import VllmEngine
 from moesteer.errors import DidNotFire, MoesteerError
-from moesteer.profile import Profile, combine
+from moesteer.profile import Profile
+from moesteer.profile_combining import combine
 
 PROMPT, NEW_TOKENS, LAYER, LAYERS, HIDDEN = prompts((17,))[0], 6, 2, 4, 128
 STARTED: dict[str, Any] = {"additional_config": {"moesteer": {"directions": VECTORS}}}

@@ -29,7 +29,8 @@ from moesteer.engines.vllm import attach, evidence, load_profile, profiles, remo
 from moesteer.engines.vllm.names import SHOWN_NAMES
 from moesteer.engines.vllm_engine import VllmEngine, load_vllm
 from moesteer.errors import MoesteerError
-from moesteer.profile import LayerShape, Profile
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Profile
 
 ONE = Profile(activated=((1, 2),))
 EXPLICIT: dict[str, Any] = {"additional_config": {"moesteer": {}}}

@@ -19,7 +19,8 @@ from moesteer.engines.vllm.rows import KEPT_RESULTS, Rows
 from moesteer.engines.vllm.stream import Part, Stream
 from moesteer.engines.vllm.tables import Tables
 from moesteer.errors import MoesteerError
-from moesteer.profile import LayerShape, Profile
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Profile
 
 LAYERS = [LayerShape(1, 6, 2), LayerShape(4, 4, 2)]
 TOKENS, ROWS, HIDDEN = 12, 3, 4

@@ -18,7 +18,8 @@ from moesteer.engines.vllm.seam import (
     steered_dispatch,
 )
 from moesteer.engines.vllm.tables import Tables
-from moesteer.profile import LayerShape, Profile
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Profile
 
 EXPERTS, K, TOKENS = 6, 2, 16
 SHAPE = LayerShape(3, EXPERTS, K)

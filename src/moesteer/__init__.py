@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from moesteer.evaluation.controls import random_control
     from moesteer.evaluation.evaluate import evaluate
     from moesteer.evaluation.search import search
-    from moesteer.profile import Profile, combine
+    from moesteer.profile import Profile
+    from moesteer.profile_combining import combine
     from moesteer.rationale.explain import Settings as RationaleSettings
     from moesteer.rationale.explain import explain
     from moesteer.rationale.instances import read_instances
@@ -51,7 +52,7 @@ _HOME = {
     "search": "moesteer.evaluation.search:search",
     "random_control": "moesteer.evaluation.controls:random_control",
     "Profile": "moesteer.profile:Profile",
-    "combine": "moesteer.profile:combine",
+    "combine": "moesteer.profile_combining:combine",
     "RationaleSettings": "moesteer.rationale.explain:Settings",
     "explain": "moesteer.rationale.explain:explain",
     "read_instances": "moesteer.rationale.instances:read_instances",

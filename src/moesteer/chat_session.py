@@ -8,7 +8,8 @@ from moesteer.chat import render_prompt
 from moesteer.contrast import Message
 from moesteer.errors import MoesteerError
 from moesteer.generate import check_limits, check_steers, merged_options
-from moesteer.profile import Profile, check_model
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_model
 from moesteer.records import check_text
 from moesteer.report.terminal import evidence_lines, gate_lines
 

@@ -17,7 +17,8 @@ import numpy as np
 from moesteer.direction import Direction
 from moesteer.errors import MoesteerError
 from moesteer.files import write_atomically
-from moesteer.profile import Profile, check_ungated
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_ungated
 
 LLAMA_CPP_NAMES = {
     "mixtral": "llama",

@@ -1,11 +1,9 @@
 """The profile: what to steer, how, where, on which model, from which evidence.
 
-What doesn't fit the model that is to be steered is refused (`check_model`). The file that a profile
-is kept in: `profile_file.py`.
+The file that it is kept in: `profile_file.py`; which model it fits: `profile_fit.py`.
 """
 
 import json
-import warnings
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -16,11 +14,10 @@ import numpy as np
 from jaxtyping import Float
 
 from moesteer.direction import Candidates, Direction
-from moesteer.errors import MoesteerError, MoesteerWarning
-from moesteer.gate import DirectionProbe, Gate
-
-NORM_TOLERANCE = 1e-4
-"""Relative; loading the same weights in another dtype changes a router's norm by about 1e-5."""
+from moesteer.errors import MoesteerError
+from moesteer.gate import Gate
+from moesteer.model_facts import ModelFacts
+from moesteer.profile_fit import check_directions, check_fits, check_gate
 
 Expert = tuple[int, int]
 """(layer, expert): the decoder layer's own number and the expert's index in it, both from 0."""
@@ -29,44 +26,6 @@ Side = Literal["a", "b"]
 
 Rule = Literal["exact", "paper"]
 """How logits are rewritten: see `moesteer.rules`."""
-
-UNKNOWN = "unknown"
-"""What a profile says of its model where the scores' source did not name it; not compared."""
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """A routed layer: its number among all decoder layers, how many experts, how many a token."""
-
-    layer: int
-    experts: int
-    top_k: int
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a profile must know of its model to refuse another one.
-
-    The norms tell models of one shape apart, whatever dtype they are loaded in: `router_norms` of
-    each layer's router (rows weighted by expert, so that renumbered experts show), `layer_norms` of
-    the rest of the decoder layer (of stacked experts, the first). Empty where the weights could not
-    be read. `dtype` is what the model ran in; it is not compared. `decoder_layers` and `hidden` are
-    how many layers the residual stream passes and how wide it is, 0 where that is not known. A
-    dense model has no routed `layers`.
-    """
-
-    id: str
-    revision: str | None
-    model_type: str
-    config_hash: str
-    tokenizer_hash: str
-    family: str
-    layers: tuple[LayerShape, ...]
-    router_norms: tuple[float, ...] = ()
-    layer_norms: tuple[float, ...] = ()
-    dtype: str = UNKNOWN
-    decoder_layers: int = 0
-    hidden: int = 0
 
 
 @dataclass(frozen=True)
@@ -264,114 +223,6 @@ class Profile:
         return read(Path(path))
 
 
-def check_fits(profile: Profile, layers: tuple[LayerShape, ...]) -> None:
-    """Raise MoesteerError unless each steered expert exists and each layer can obey."""
-    shapes = {shape.layer: shape for shape in layers}
-    for layer, expert in (*profile.activated, *profile.deactivated):
-        if not shapes:
-            raise MoesteerError(
-                f"{profile.name}: expert ({layer}, {expert}) names layer {layer}, but the model is"
-                " dense: it routes in none."
-            )
-        if layer not in shapes:
-            raise MoesteerError(
-                f"{profile.name}: expert ({layer}, {expert}) names layer {layer}, but the model"
-                f" routes in layers {_ranges(sorted(shapes))} only."
-            )
-        if not 0 <= expert < shapes[layer].experts:
-            raise MoesteerError(
-                f"{profile.name}: expert ({layer}, {expert}) does not exist: layer {layer} has"
-                f" experts 0–{shapes[layer].experts - 1}."
-            )
-    for layer in profile.steered_layers:
-        activated, deactivated = profile.experts_of(layer)
-        shape = shapes[layer]
-        if len(activated) > shape.top_k:
-            raise MoesteerError(
-                f"{profile.name}: {len(activated)} experts are activated in layer {layer}"
-                f" ({', '.join(map(str, activated))}), but a token selects k = {shape.top_k}."
-                " Activate fewer experts, or choose among them."
-            )
-        if shape.experts - len(deactivated) < shape.top_k:
-            raise MoesteerError(
-                f"{profile.name}: {len(deactivated)} of {shape.experts} experts are deactivated in"
-                f" layer {layer}, which leaves fewer than the k = {shape.top_k} a token selects."
-                " Deactivate fewer experts."
-            )
-
-
-def check_directions(profile: Profile, model: ModelFacts) -> None:
-    """Raise MoesteerError unless each direction's layer exists and its width is the stream's.
-
-    Nothing is compared where the model's are unknown.
-    """
-    shapes = {shape.layer: shape for shape in model.layers}
-    for direction in profile.directions:
-        if model.hidden and len(direction.vector) != model.hidden:
-            raise MoesteerError(
-                f"{profile.name}: a direction has {len(direction.vector)} numbers, but the hidden"
-                f" states of {model.id} have {model.hidden}."
-            )
-        for layer, _ in direction.sites:
-            if layer < 0 or (model.decoder_layers and layer >= model.decoder_layers):
-                raise MoesteerError(
-                    f"{profile.name}: a direction names layer {layer}, but {model.id} has layers"
-                    f" 0–{model.decoder_layers - 1}."
-                )
-        if direction.expert is not None:
-            layer = direction.sites[0][0]
-            experts = shapes[layer].experts if layer in shapes else 0
-            if not 0 <= direction.expert < experts:
-                raise MoesteerError(
-                    f"{profile.name}: a direction names expert {direction.expert} of layer {layer},"
-                    f" which has {experts} experts."
-                )
-
-
-def check_gate(profile: Profile, model: ModelFacts) -> None:
-    """Raise MoesteerError unless what the profile's gate reads is there in the model.
-
-    Nothing is compared where the model's own numbers are unknown.
-    """
-    if profile.gate is None:
-        return
-    probe = profile.gate.probe
-    if isinstance(probe, DirectionProbe):
-        if model.hidden and len(probe.vector) != model.hidden:
-            raise MoesteerError(
-                f"{profile.name}: its gate's vector has {len(probe.vector)} numbers, but the hidden"
-                f" states of {model.id} have {model.hidden}."
-            )
-        if probe.layer < 0 or (model.decoder_layers and probe.layer >= model.decoder_layers):
-            raise MoesteerError(
-                f"{profile.name}: its gate reads layer {probe.layer}, but {model.id} has layers"
-                f" 0–{model.decoder_layers - 1}."
-            )
-        return
-    experts = {shape.layer: shape.experts for shape in model.layers}
-    for layer, expert in probe.experts:
-        if not 0 <= expert < experts.get(layer, 0):
-            raise MoesteerError(
-                f"{profile.name}: its gate reads expert ({layer}, {expert}), which {model.id} does"
-                f" not have: layer {layer} has {experts.get(layer, 0)} experts."
-            )
-
-
-def check_ungated(profile: Profile | None, here: str = "code that runs the model itself") -> None:
-    """Raise MoesteerError for a profile with a gate `here`, in words, where none is asked.
-
-    Each place that puts a profile to use either asks its gate or refuses it here, so that none
-    steers what was to be left alone, or leaves alone what was to be steered.
-    """
-    if profile is not None and profile.gate is not None:
-        raise MoesteerError(
-            f"{profile.name} has a gate, which is asked about a whole prompt before anything is"
-            f" steered, and {here} does not ask it. Use generate, chat, evaluate or serve, or take"
-            " the profile without its gate (the file that it was put on; in Python:"
-            " profile.ungated)."
-        )
-
-
 def _check_ablations(profile: Profile) -> None:
     """Two lines can't be projected out at one place: the second would bring back the first."""
     sites = [
@@ -389,148 +240,8 @@ def _check_ablations(profile: Profile) -> None:
         )
 
 
-def check_model(profile: Profile, model: ModelFacts) -> None:
-    """Raise MoesteerError if the profile was made on another model; both values are shown.
-
-    Another tokenizer or chat template is a MoesteerWarning only: the experts are the same.
-    """
-    made_on = profile.model
-    check_directions(profile, model)
-    check_gate(profile, model)
-    if made_on is None:
-        check_fits(profile, model.layers)
-        return
-    differences = [
-        ("model type", made_on.model_type, model.model_type),
-        ("routed layers", len(made_on.layers), len(model.layers)),
-        ("layer numbers", *(_ranges([s.layer for s in m.layers]) for m in (made_on, model))),
-        ("experts a layer", *(_widths(m.layers, "experts") for m in (made_on, model))),
-        ("experts a token (k)", *(_widths(m.layers, "top_k") for m in (made_on, model))),
-        ("routing family", made_on.family, model.family),
-        ("config hash", made_on.config_hash, model.config_hash),
-    ]
-    for what, theirs, ours in differences:
-        if theirs not in (ours, UNKNOWN):
-            raise MoesteerError(
-                f"{profile.name} was made on {made_on.id} and does not fit {model.id}:"
-                f" {what} is {theirs} in the profile and {ours} in the model."
-            )
-    if made_on.tokenizer_hash not in (model.tokenizer_hash, UNKNOWN):
-        warnings.warn(
-            f"{profile.name} was made with another tokenizer or chat template than {model.id} has"
-            " now: what was detected on may read differently.",
-            MoesteerWarning,
-            stacklevel=2,
-        )
-    _check_weights(profile.name, made_on, model)
-    check_fits(profile, model.layers)
-
-
-def _check_weights(name: str, made_on: ModelFacts, model: ModelFacts) -> None:
-    """Refuse other routers; warn of other weights beside them, which fine-tuning may change."""
-    routers = zip(model.layers, made_on.router_norms, model.router_norms, strict=False)
-    for shape, theirs, ours in routers:
-        if abs(theirs - ours) > NORM_TOLERANCE * theirs:
-            raise MoesteerError(
-                f"{name} was made on {made_on.id}, whose weights differ from those of {model.id}:"
-                f" the router of layer {shape.layer} has norm {theirs:.6g} in the profile and"
-                f" {ours:.6g} in the model. Detect again on this model."
-            )
-    numbers = [shape.layer for shape in model.layers] or range(model.decoder_layers)
-    layers = zip(numbers, made_on.layer_norms, model.layer_norms, strict=False)
-    for layer, theirs, ours in layers:
-        if abs(theirs - ours) > NORM_TOLERANCE * theirs:
-            alike = "routers" if model.layers else "shape"
-            warnings.warn(
-                f"{name} was made on {made_on.id}; {model.id} has the same {alike} but other"
-                f" weights (layer {layer}: norm {theirs:.6g} in the profile, {ours:.6g} in"
-                " the model): a fine-tuned or quantised relative. Check that it still steers.",
-                MoesteerWarning,
-                stacklevel=3,
-            )
-            return
-    norms = [m.router_norms if m.layers else m.layer_norms for m in (made_on, model)]
-    if made_on.id != UNKNOWN and not all(norms):
-        warnings.warn(
-            f"{name}: whether it was made on the weights of {model.id} can't be compared (offloaded"
-            " weights have no norms); layers, experts and config are the same.",
-            MoesteerWarning,
-            stacklevel=3,
-        )
-
-
-def combine(*profiles: Profile) -> Profile:
-    """One profile that does what all of them do; MoesteerError where they contradict.
-
-    A profile has one gate, so that all of them must have the same, or none.
-    """
-    if not profiles:
-        raise MoesteerError("there is nothing to combine: give at least one profile.")
-    first, *others = profiles
-    models = [profile.model for profile in profiles if profile.model is not None]
-    # Rule and dose are of experts; a profile of directions alone has none of its own.
-    with_experts = [p for p in profiles if p.steered_layers or not p.directions]
-    ruled = with_experts[0] if with_experts else first
-    for other in with_experts:
-        if (other.rule, other.dose) != (ruled.rule, ruled.dose):
-            raise MoesteerError(
-                f"{ruled.name} (rule {ruled.rule}, dose {ruled.dose}) and {other.name} (rule"
-                f" {other.rule}, dose {other.dose}) can't be combined; they steer differently."
-            )
-    for other in others:
-        if other.chat_options != first.chat_options:
-            raise MoesteerError(
-                f"{first.name} and {other.name} were made with different chat options:"
-                f" {first.chat_options} and {other.chat_options}."
-            )
-        _check_same_gate(first, other)
-        if other.model is not None:
-            check_model(other, models[0])
-    merge = dict.fromkeys
-    return replace(
-        first,
-        activated=tuple(merge(e for p in profiles for e in p.activated)),
-        deactivated=tuple(merge(e for p in profiles for e in p.deactivated)),
-        rule=ruled.rule,
-        dose=ruled.dose,
-        directions=tuple(merge(d for p in profiles for d in p.directions)),
-        toward=None,
-        model=models[0] if models else None,
-        evidence=None,
-        scores=None,
-        candidates=None,
-        name=" + ".join(p.name for p in profiles),
-    )
-
-
-def _check_same_gate(one: Profile, other: Profile) -> None:
-    """Refuse to make one profile of two that steer on different requests."""
-    if one.gate != other.gate:
-        has = "another" if one.gate and other.gate else "one" if other.gate else "none"
-        raise MoesteerError(
-            f"{one.name} has {'a gate' if one.gate else 'no gate'} and {other.name} has {has}: they"
-            " steer on different requests and can't be one profile. Combine them without gates,"
-            " then put a gate on what comes of it (moesteer gate)."
-        )
-
-
 # -- words ---------------------------------------------------------------------------------------
 
 
 def _listed(experts: list[Expert]) -> str:
     return "expert " + ", ".join(f"({layer}, {expert})" for layer, expert in experts)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """0–3, 5 for [0, 1, 2, 3, 5]."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{p[0]}–{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
-
-
-def _widths(layers: tuple[LayerShape, ...], what: str) -> str:
-    return _ranges(sorted({getattr(shape, what) for shape in layers}))

@@ -20,7 +20,8 @@ from moesteer.direction import Candidates, Direction, Kind
 from moesteer.errors import MoesteerError
 from moesteer.files import write_atomically
 from moesteer.gate import DirectionProbe, Gate, RoutingProbe
-from moesteer.profile import ModelFacts, Profile, Scores
+from moesteer.model_facts import ModelFacts
+from moesteer.profile import Profile, Scores
 
 SCHEMA = 3
 HEADER_KEY = "moesteer"

@@ -20,7 +20,8 @@ from moesteer.auditing.robustness import (
     others_alike,
 )
 from moesteer.evaluation.comparison import STEERED, UNSTEERED
-from moesteer.profile import LayerShape, check_fits
+from moesteer.model_facts import LayerShape
+from moesteer.profile_fit import check_fits
 
 LAYERS = (LayerShape(1, 6, 2), LayerShape(4, 4, 2))
 

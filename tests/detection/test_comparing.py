@@ -25,7 +25,8 @@ from moesteer.detection.detectors import DETECTORS
 from moesteer.detection.selecting import select_experts
 from moesteer.engines.transformers_engine import load_transformers
 from moesteer.errors import MoesteerError
-from moesteer.profile import LayerShape, Profile, Scores
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Profile, Scores
 from moesteer.runs import read_run
 from moesteer.testbed import PlantedBehaviour, ground_truth
 

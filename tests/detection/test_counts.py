@@ -15,7 +15,7 @@ from moesteer.chat import TokenisedConversation, TokenisedPair
 from moesteer.detection import counts
 from moesteer.detection.counts import RoutingCounts, batches_by_length, count_routing
 from moesteer.errors import MoesteerError
-from moesteer.profile import LayerShape
+from moesteer.model_facts import LayerShape
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Counted, Engine

@@ -14,7 +14,8 @@ from moesteer.detection.detect import detect, existing_experts
 from moesteer.detection.detectors import DETECTORS
 from moesteer.engines.transformers_engine import TransformersEngine, load_transformers
 from moesteer.errors import MoesteerError, MoesteerWarning
-from moesteer.profile import LayerShape, Profile
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Profile
 from moesteer.testbed import ground_truth
 
 

@@ -8,7 +8,8 @@ import pytest
 from moesteer.detection.importing import profile_from_ranking
 from moesteer.detection.selecting import select_experts
 from moesteer.errors import MoesteerError
-from moesteer.profile import UNKNOWN, LayerShape, Profile
+from moesteer.model_facts import UNKNOWN, LayerShape
+from moesteer.profile import Profile
 
 FOLDER = Path(__file__).parents[1] / "data" / "rankings"
 FILES = ["pandas-2.3.3-protocol5-totals.pkl", "pandas-1.0.5-protocol4-others.pkl.xz"]

@@ -16,7 +16,8 @@ from moesteer.detection.knocking import knock, knocking_cost, layers_to_enter
 from moesteer.engines.readouts import Readout, Term
 from moesteer.engines.transformers_engine import load_transformers
 from moesteer.errors import MoesteerError
-from moesteer.profile import LayerShape, Profile
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Profile
 from moesteer.runs import open_run
 from moesteer.testbed import ground_truth
 from moesteer.testbed.world import BEHAVIOURS

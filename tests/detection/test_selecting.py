@@ -8,7 +8,8 @@ import pytest
 
 from moesteer.detection.selecting import ranked_experts, scores_by_expert, select_experts
 from moesteer.errors import MoesteerError, MoesteerWarning
-from moesteer.profile import LayerShape, ModelFacts, Profile, Scores
+from moesteer.model_facts import LayerShape, ModelFacts
+from moesteer.profile import Profile, Scores
 
 MODEL = ModelFacts(
     id="org/model",

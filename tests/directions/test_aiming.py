@@ -10,7 +10,8 @@ from moesteer.detection.selecting import select_experts
 from moesteer.direction import Candidates
 from moesteer.directions.aiming import Aim, aimed, find_candidates
 from moesteer.errors import MoesteerError
-from moesteer.profile import LayerShape, ModelFacts, Profile, Scores
+from moesteer.model_facts import LayerShape, ModelFacts
+from moesteer.profile import Profile, Scores
 
 MODEL = ModelFacts(
     *("m", None, "t", "c", "h", "f"),

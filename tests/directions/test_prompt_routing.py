@@ -15,7 +15,8 @@ from moesteer.directions.routing import (
     rates,
     routing_scores,
 )
-from moesteer.profile import LayerShape, Scores
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Scores
 
 LAST = 4
 

@@ -28,7 +28,9 @@ from moesteer.engines.transformers.steering import layer_shapes
 from moesteer.engines.transformers.weightless import trace_without_weights
 from moesteer.engines.transformers_engine import load_transformers
 from moesteer.errors import MoesteerError
-from moesteer.profile import ModelFacts, Profile, check_model
+from moesteer.model_facts import ModelFacts
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_model
 from moesteer.testbed import model_path
 
 WEIGHTS = "model.safetensors"

@@ -14,7 +14,8 @@ from moesteer.engines.readouts import Readout, Term
 from moesteer.engines.transformers.steering import Steering
 from moesteer.engines.transformers_engine import TransformersEngine
 from moesteer.errors import MoesteerError
-from moesteer.profile import Profile, check_model
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_model
 
 TEXTS = [tuple(np.random.default_rng(n).integers(3, 99, 4 + 3 * n).tolist()) for n in range(4)]
 

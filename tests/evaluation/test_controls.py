@@ -17,7 +17,8 @@ from moesteer.evaluation.controls import (
     reversed_control,
     shuffled_ranking,
 )
-from moesteer.profile import LayerShape, ModelFacts, Profile, Scores
+from moesteer.model_facts import LayerShape, ModelFacts
+from moesteer.profile import Profile, Scores
 
 LAYERS = (LayerShape(1, 8, 2), LayerShape(2, 8, 2), LayerShape(7, 6, 1))
 PROFILE = Profile(

@@ -16,7 +16,8 @@ from moesteer.evaluation.direction_controls import (
     over_threshold,
     random_directions,
 )
-from moesteer.profile import LayerShape, Profile
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Profile
 
 WIDTH = 64
 SITES: tuple[Site, ...] = ((0, "input"), (0, "attention"), (3, "mlp"))

@@ -24,8 +24,10 @@ from moesteer.gate import (
     RoutingProbe,
 )
 from moesteer.gguf_export import control_vectors
-from moesteer.profile import Profile, check_model, combine
+from moesteer.profile import Profile
+from moesteer.profile_combining import combine
 from moesteer.profile_file import HEADER_KEY, SCHEMA
+from moesteer.profile_fit import check_model
 
 ROUTING = RoutingProbe(((1, 0), (5, 2)), (0.25, -1 / 3), last=4)
 DIRECTION = DirectionProbe(2, -3, (0.6, 0.0, -0.8))

@@ -12,7 +12,8 @@ from made_profiles import MODEL, directed, full
 from moesteer.errors import MoesteerError
 from moesteer.gate import Gate, RoutingProbe
 from moesteer.hub.push import lay_out
-from moesteer.profile import LayerShape, ModelFacts, Profile
+from moesteer.model_facts import LayerShape, ModelFacts
+from moesteer.profile import Profile
 from moesteer.runs import open_run
 
 REPO = "me/steering"

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy.stats import entropy
 
+from moesteer.model_facts import LayerShape
 from moesteer.monitoring.drift import linked_share, reference_shares, routing_drift
-from moesteer.profile import LayerShape
 
 LAYERS = (LayerShape(1, 4, 2), LayerShape(4, 3, 1))
 TABLE = arrays.arrays(np.int64, (2, 4), elements=st.integers(0, 50)).filter(

@@ -17,11 +17,12 @@ from moesteer.contrast import Message
 from moesteer.engines.transformers_engine import TransformersEngine, load_transformers
 from moesteer.errors import MoesteerError
 from moesteer.generate import Prompt
+from moesteer.model_facts import LayerShape
 from moesteer.monitoring.drift import reference_shares, routing_drift
 from moesteer.monitoring.reference import Reference, Verdict
 from moesteer.monitoring.threshold import bins_of, borders_of, least_texts, threshold
 from moesteer.monitoring.watch import as_watched, check, fit_to_file, judged, linked_experts
-from moesteer.profile import LayerShape, Profile
+from moesteer.profile import Profile
 from moesteer.testbed import ground_truth
 from moesteer.testbed.world import probes
 

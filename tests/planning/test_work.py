@@ -16,10 +16,11 @@ from moesteer.engines.transformers_engine import TransformersEngine
 from moesteer.evaluation.controls import arms
 from moesteer.evaluation.evaluate import evaluate
 from moesteer.evaluation.search import search
+from moesteer.model_facts import LayerShape
 from moesteer.planning import work
 from moesteer.planning.sliced import Outline
 from moesteer.planning.work import Job, Sizes, tokens_of
-from moesteer.profile import LayerShape, Profile
+from moesteer.profile import Profile
 
 JOB = Job(
     pairs=11,

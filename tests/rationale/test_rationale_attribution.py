@@ -19,7 +19,8 @@ from moesteer.engines.readouts import Readout
 from moesteer.engines.tiny import tiny_model
 from moesteer.engines.transformers_engine import TransformersEngine, load_transformers
 from moesteer.errors import MoesteerError
-from moesteer.profile import LayerShape, Profile, Scores
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Profile, Scores
 from moesteer.rationale.attribution import METHODS, ROUTED, Attributed, attribute, pooled, top
 from moesteer.rationale.instances import Instance, TextSpan
 from moesteer.rationale.labels import Decision, decision_readout

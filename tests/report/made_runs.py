@@ -25,7 +25,8 @@ from moesteer.evaluation.direction_choices import Choice
 from moesteer.evaluation.direction_search import Control, DirectionResult
 from moesteer.evaluation.direction_trials import DirectionTrial
 from moesteer.evaluation.search import Found, SearchResult, Trial
-from moesteer.profile import Evidence, LayerShape, ModelFacts, Profile, Scores
+from moesteer.model_facts import LayerShape, ModelFacts
+from moesteer.profile import Evidence, Profile, Scores
 from moesteer.runs import open_run
 
 ABOUT = {"command": "moesteer made by-hand", "versions": {"moesteer": "0"}, "date": "2026-01-01"}

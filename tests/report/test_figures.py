@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from made_runs import comparison, evaluate_run, facts, profile, task
 
 from moesteer.evaluation.comparison import Comparison
-from moesteer.profile import LayerShape
+from moesteer.model_facts import LayerShape
 from moesteer.report.blocks import Curve, Dot, Label, Line, Rect
 from moesteer.report.figures import (
     Scale,

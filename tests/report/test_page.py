@@ -17,7 +17,7 @@ from made_runs import (
 )
 
 from moesteer.errors import MoesteerError
-from moesteer.profile import LayerShape, ModelFacts
+from moesteer.model_facts import LayerShape, ModelFacts
 from moesteer.report.page import gather
 from moesteer.runs import open_run
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesteer.errors import MoesteerError
-from moesteer.profile import UNKNOWN, LayerShape, ModelFacts, Profile, Scores
+from moesteer.model_facts import UNKNOWN, LayerShape, ModelFacts
+from moesteer.profile import Profile, Scores
 from moesteer.reproduce.papers import read_paper
 from moesteer.reproduce.steermoe import plan
 from moesteer.reproduce.steermoe.ablation import counts_for

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from moesteer.direction import Direction
-from moesteer.profile import LayerShape, ModelFacts, Profile
+from moesteer.model_facts import LayerShape, ModelFacts
+from moesteer.profile import Profile
 from moesteer.serving.asgi import Message
 from moesteer.serving.middleware import Middleware
 from moesteer.serving.naming import STEERABLE

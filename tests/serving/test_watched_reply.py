@@ -10,8 +10,8 @@ import pytest
 
 from moesteer.engines.vllm.collected import Prompted, prompts_of
 from moesteer.engines.vllm.names import WATCH
+from moesteer.model_facts import LayerShape, ModelFacts
 from moesteer.monitoring.reference import Origin, Reference, Verdict
-from moesteer.profile import LayerShape, ModelFacts
 from moesteer.serving.evidence import Count, counted
 from moesteer.serving.watched_reply import Watch, judged, prompts_in, with_watch, worst
 

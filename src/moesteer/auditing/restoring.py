@@ -14,7 +14,8 @@ from moesteer.auditing.importance import Importance
 from moesteer.auditing.robustness import losing, lost_words, others_alike
 from moesteer.evaluation.comparison import STEERED, UNSTEERED, Comparison
 from moesteer.evaluation.controls import room_up, that_fit
-from moesteer.profile import Expert, LayerShape, Profile
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Expert, Profile
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from moesteer.evaluation.comparison import (
     Comparison,
 )
 from moesteer.evaluation.controls import room_down, that_fit
-from moesteer.profile import Expert, LayerShape, Profile
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Expert, Profile
 from moesteer.statistics.intervals import mean_interval, percentile_interval, resampled
 
 INTACT = "intact"

@@ -179,7 +179,7 @@ def combine(*profiles: str, out: str) -> None:
         The profile to write.
     """
     from moesteer.profile import Profile
-    from moesteer.profile import combine as combined
+    from moesteer.profile_combining import combine as combined
     from moesteer.report.terminal import print_text, profile_page
 
     check_out(out, *profiles)

@@ -69,7 +69,8 @@ def gate(
     from moesteer.gating.threshold import check_enough
     from moesteer.generate import check_limits, check_steers, merged_options
     from moesteer.options import check_least
-    from moesteer.profile import Profile, check_model
+    from moesteer.profile import Profile
+    from moesteer.profile_fit import check_model
     from moesteer.report.progress import counted_progress
     from moesteer.report.terminal import print_text, profile_facts
     from moesteer.tally import tally

@@ -37,7 +37,7 @@ def play(
     """
     from moesteer.errors import MoesteerError
     from moesteer.playground.serve import listen, read_password, require_gradio, run
-    from moesteer.profile import check_model
+    from moesteer.profile_fit import check_model
 
     if options.engine == "vllm":
         raise MoesteerError(

@@ -27,7 +27,8 @@ from moesteer.detection.knocking import Cost, knock, knocking_cost
 from moesteer.detection.significance import false_discovery_rate
 from moesteer.errors import MoesteerError
 from moesteer.files import write_text
-from moesteer.profile import Expert, LayerShape, Profile, Scores
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Expert, Profile, Scores
 from moesteer.records import Record, Text, check_record, read_records
 
 if TYPE_CHECKING:

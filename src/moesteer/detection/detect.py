@@ -22,7 +22,8 @@ from moesteer.detection.significance import (
     split_half_stability,
 )
 from moesteer.errors import MoesteerError
-from moesteer.profile import Evidence, LayerShape, Profile, Scores
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Evidence, Profile, Scores
 from moesteer.provenance import installed_versions
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from moesteer.errors import MoesteerError
-from moesteer.profile import UNKNOWN, Evidence, LayerShape, ModelFacts, Profile, Scores
+from moesteer.model_facts import UNKNOWN, LayerShape, ModelFacts
+from moesteer.profile import Evidence, Profile, Scores
 from moesteer.provenance import installed_versions
 from moesteer.published_rankings import read_published_ranking
 

@@ -25,7 +25,8 @@ from jaxtyping import Float
 
 from moesteer.detection.decision import summed_by_pair
 from moesteer.errors import MoesteerError
-from moesteer.profile import LayerShape, Profile
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Profile
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine

@@ -32,7 +32,8 @@ from moesteer.directions.routing import (
     routing_scores,
 )
 from moesteer.errors import MoesteerError
-from moesteer.profile import ModelFacts, Profile
+from moesteer.model_facts import ModelFacts
+from moesteer.profile import Profile
 
 if TYPE_CHECKING:
     from moesteer.directions.prompts import PromptSets

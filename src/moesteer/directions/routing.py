@@ -20,7 +20,8 @@ from moesteer.detection.counts import count_routing
 from moesteer.detection.detect import score_experts
 from moesteer.detection.detectors import DETECTORS
 from moesteer.detection.risk_difference import selection_rates
-from moesteer.profile import Expert, LayerShape, Scores
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Expert, Scores
 
 if TYPE_CHECKING:
     from moesteer.directions.prompts import AskedPrompt, Sides

@@ -34,7 +34,8 @@ from moesteer.directions.selection import every_write
 from moesteer.directions.shares import ABLATED, Ablated, Column, Part, Writer, ablations, shares
 from moesteer.errors import MoesteerError
 from moesteer.files import write_text
-from moesteer.profile import Profile, check_model
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_model
 from moesteer.provenance import about
 from moesteer.runs import Run, open_run
 from moesteer.summaries import as_json, from_json

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from moesteer.chat import TokenisedConversation
-    from moesteer.profile import ModelFacts, Profile
+    from moesteer.model_facts import ModelFacts
+    from moesteer.profile import Profile
 
 Counted = Literal["top-k", "top-1", "probability"]
 """What counts on a target token: that the expert is among its k, that it has the largest weight, or

@@ -28,7 +28,7 @@ from moesteer.engines.transformers.routers import MoELayer, is_dense
 from moesteer.engines.transformers.steering import layer_shapes
 from moesteer.engines.transformers.stream import find_decoder
 from moesteer.engines.transformers.weightless import trace_without_weights
-from moesteer.profile import ModelFacts
+from moesteer.model_facts import ModelFacts
 
 HASHED_CONFIG = (
     "model_type",

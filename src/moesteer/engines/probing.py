@@ -12,7 +12,7 @@ from jaxtyping import Float, Num
 
 from moesteer.chat import TokenisedConversation
 from moesteer.gate import Probe, RoutingProbe
-from moesteer.profile import LayerShape
+from moesteer.model_facts import LayerShape
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine

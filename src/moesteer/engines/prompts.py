@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from moesteer.errors import MoesteerError
-from moesteer.profile import ModelFacts, Profile
+from moesteer.model_facts import ModelFacts
+from moesteer.profile import Profile
 
 
 def one_each(

@@ -64,7 +64,8 @@ from moesteer.engines.transformers.steering import UNSTEERED, checked_layers, st
 from moesteer.engines.transformers.stream import Stream, find_stream
 from moesteer.engines.transformers.token_gradients import Subject, token_gradients
 from moesteer.errors import MoesteerError
-from moesteer.profile import Profile, check_model, check_ungated
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_model, check_ungated
 from moesteer.records import first_line
 
 

@@ -50,7 +50,9 @@ from moesteer.engines.vllm.rows import KEPT_RESULTS
 from moesteer.engines.vllm.settings import KEY, with_room
 from moesteer.errors import DidNotFire, MoesteerError
 from moesteer.gate import DirectionProbe
-from moesteer.profile import ModelFacts, Profile, check_model
+from moesteer.model_facts import ModelFacts
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_model
 from moesteer.records import first_line
 
 if TYPE_CHECKING:

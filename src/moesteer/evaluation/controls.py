@@ -34,7 +34,9 @@ from moesteer.direction import Direction
 from moesteer.errors import MoesteerError
 from moesteer.evaluation.comparison import STEERED, UNGATED, UNSTEERED
 from moesteer.evaluation.direction_controls import directions_of_others, random_directions
-from moesteer.profile import Expert, LayerShape, Profile, Side, check_fits
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Expert, Profile, Side
+from moesteer.profile_fit import check_fits
 
 NEAREST = 3
 """A matched expert is drawn among so many whose selection rate is nearest."""

@@ -58,7 +58,8 @@ from moesteer.evaluation.evaluate import (
     with_prices,
 )
 from moesteer.files import write_text
-from moesteer.profile import Expert, Profile, Side, check_model, check_ungated
+from moesteer.profile import Expert, Profile, Side
+from moesteer.profile_fit import check_model, check_ungated
 from moesteer.provenance import about
 from moesteer.runs import open_run
 from moesteer.summaries import as_json, from_json

@@ -40,7 +40,7 @@ from moesteer.evaluation.judging import Judged, disagreement, judge_replies
 from moesteer.evaluation.task import Item, Judge, Verdict
 from moesteer.files import write_text
 from moesteer.generate import GROUP, check_length, check_steers
-from moesteer.profile import check_model
+from moesteer.profile_fit import check_model
 from moesteer.provenance import about
 from moesteer.runs import Run, open_run
 from moesteer.statistics.intervals import wilson_interval

@@ -54,7 +54,9 @@ from moesteer.evaluation.trials import (
     words,
 )
 from moesteer.files import write_text
-from moesteer.profile import Expert, LayerShape, Profile, Side, check_model, check_ungated
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Expert, Profile, Side
+from moesteer.profile_fit import check_model, check_ungated
 from moesteer.runs import open_run
 from moesteer.summaries import as_json, from_json
 

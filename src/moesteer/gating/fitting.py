@@ -34,7 +34,7 @@ from moesteer.provenance import installed_versions
 if TYPE_CHECKING:
     from moesteer.directions.prompts import AskedPrompt, PromptSets
     from moesteer.engines.base import Engine
-    from moesteer.profile import LayerShape
+    from moesteer.model_facts import LayerShape
 
 By = Literal["routing", "direction"]
 Read = Float[np.ndarray, "_ layer number"]

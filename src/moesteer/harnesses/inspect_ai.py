@@ -119,7 +119,8 @@ class SteeredAPI(ModelAPI):
         from moesteer.generate import check_steers
         from moesteer.loading import ModelOptions, load_engine
         from moesteer.options import check_least
-        from moesteer.profile import Profile, check_model
+        from moesteer.profile import Profile
+        from moesteer.profile_fit import check_model
 
         if wrong := [name for name in options if name not in OPTIONS]:
             names = ", ".join(("profile", "batch_size", *OPTIONS))

@@ -32,7 +32,8 @@ from moesteer.engines.transformers.steering import steer
 from moesteer.engines.transformers_engine import TransformersEngine
 from moesteer.errors import DidNotFire, MoesteerError
 from moesteer.generate import check_steers
-from moesteer.profile import Profile, check_model, check_ungated
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_model, check_ungated
 from moesteer.report.terminal import evidence_lines
 
 CACHE_OWNER = "moesteer"

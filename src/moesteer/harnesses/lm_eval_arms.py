@@ -32,7 +32,8 @@ from moesteer.files import write_text
 from moesteer.harnesses.lm_eval import SteeredLM, check_runs
 from moesteer.harnesses.paired import SuiteComparison, compare
 from moesteer.options import check_least
-from moesteer.profile import Profile, check_model
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_model
 from moesteer.provenance import about
 from moesteer.records import first_line
 from moesteer.runs import open_run

@@ -15,7 +15,8 @@ from typing import TypeVar
 
 from moesteer.errors import MoesteerError
 from moesteer.gate import GateEvidence
-from moesteer.profile import UNKNOWN, Evidence, ModelFacts, Profile
+from moesteer.model_facts import UNKNOWN, ModelFacts
+from moesteer.profile import Evidence, Profile
 from moesteer.report.verdict import TESTBED
 
 DATA_FILES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".toml", ".pkl"}

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Num
 
-from moesteer.profile import Expert, LayerShape
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Expert
 
 PRIOR = 0.5
 """Selections added to each expert of the reference."""

@@ -17,9 +17,11 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from moesteer.errors import MoesteerError
+from moesteer.model_facts import ModelFacts
 from moesteer.monitoring.drift import linked_share, reference_shares, routing_drift
 from moesteer.monitoring.threshold import bins_of, least_texts, threshold
-from moesteer.profile import Expert, ModelFacts, Profile, check_fits, check_model
+from moesteer.profile import Expert, Profile
+from moesteer.profile_fit import check_fits, check_model
 
 Over = Literal["prompt", "reply"]
 """Whose tokens are watched: all of the rendered prompt, or the reply's."""

@@ -33,7 +33,8 @@ from moesteer.monitoring.reference import (
 )
 from moesteer.monitoring.reference_file import save_reference
 from moesteer.monitoring.threshold import borders_of, least_texts
-from moesteer.profile import Expert, Profile, check_model
+from moesteer.profile import Expert, Profile
+from moesteer.profile_fit import check_model
 from moesteer.provenance import installed_versions
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from moesteer.engines.transformers.gates import BATCH_TOKENS as GRADIENT_TOKENS
 from moesteer.engines.transformers.reading import BATCH_LOGITS
 from moesteer.engines.transformers.reading import BATCH_TOKENS as READ_TOKENS
 from moesteer.evaluation.trials import DOSES
-from moesteer.profile import LayerShape
+from moesteer.model_facts import LayerShape
 
 Kind = Literal["count", "read", "gradient", "generate", "diverge", "score"]
 """Of a pass: routing counted; log-probabilities read; those with a backward pass; replies made

@@ -19,7 +19,8 @@ from moesteer.detection.selecting import (
     select_experts,
 )
 from moesteer.errors import MoesteerError
-from moesteer.profile import Expert, LayerShape, ModelFacts, Profile, Side
+from moesteer.model_facts import LayerShape, ModelFacts
+from moesteer.profile import Expert, Profile, Side
 
 Use = Literal["untouched", "activated", "deactivated"]
 

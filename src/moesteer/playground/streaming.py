@@ -35,7 +35,8 @@ from moesteer.engines.transformers.routers import input_device
 from moesteer.engines.transformers.steering import steer
 from moesteer.engines.transformers_engine import TransformersEngine
 from moesteer.playground.passes import Passes
-from moesteer.profile import Expert, Profile, check_model
+from moesteer.profile import Expert, Profile
+from moesteer.profile_fit import check_model
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer writes for bytes that are no whole character yet."""

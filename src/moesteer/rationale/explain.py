@@ -24,7 +24,9 @@ from moesteer.evaluation.comparison import STEERED, UNSTEERED
 from moesteer.evaluation.controls import random_control
 from moesteer.files import write_text
 from moesteer.generate import check_steers
-from moesteer.profile import LayerShape, Profile, check_model, check_ungated
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_model, check_ungated
 from moesteer.provenance import about
 from moesteer.rationale.attribution import (
     METHODS,

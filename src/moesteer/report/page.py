@@ -21,7 +21,9 @@ from moesteer.evaluation.direction_trials import DirectionTrial, trials_of
 from moesteer.evaluation.evaluate import replies_of
 from moesteer.evaluation.judge_check import JudgeCheck
 from moesteer.evaluation.search import BEST, SearchResult, Trial
-from moesteer.profile import NORM_TOLERANCE, UNKNOWN, ModelFacts, Profile
+from moesteer.model_facts import UNKNOWN, ModelFacts
+from moesteer.profile import Profile
+from moesteer.profile_fit import NORM_TOLERANCE
 from moesteer.rationale.epochs import EPOCHS, epochs_of
 from moesteer.rationale.explain import readings_of
 from moesteer.rationale.reading import Reading

@@ -18,7 +18,9 @@ from typing import Any
 
 from moesteer.engines.vllm.names import NAME, NAME_RULE
 from moesteer.errors import MoesteerError, MoesteerWarning
-from moesteer.profile import ModelFacts, Profile, check_model
+from moesteer.model_facts import ModelFacts
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_model
 from moesteer.serving.asgi import Answer, Receive, Scope, header, path_of, read_body, refusal
 from moesteer.serving.naming import short, unknown_name
 from moesteer.serving.shelf import Shelf

@@ -19,9 +19,11 @@ from moesteer.engines.vllm.names import NAME, NAME_RULE
 from moesteer.engines.vllm.settings import with_room
 from moesteer.engines.vllm_engine import ON_CPU
 from moesteer.errors import MoesteerError
+from moesteer.model_facts import ModelFacts
 from moesteer.monitoring.reference import Reference, check_reference
 from moesteer.monitoring.reference_file import load_reference
-from moesteer.profile import ModelFacts, Profile, check_model
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_model
 from moesteer.serving.naming import short
 from moesteer.serving.setup import ATTRIBUTE, Setup
 

@@ -3,8 +3,9 @@
 from argparse import Namespace
 from dataclasses import dataclass, field
 
+from moesteer.model_facts import ModelFacts
 from moesteer.monitoring.reference import Reference
-from moesteer.profile import ModelFacts, Profile
+from moesteer.profile import Profile
 
 ATTRIBUTE = "moesteer"
 

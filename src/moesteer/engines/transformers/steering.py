@@ -28,7 +28,9 @@ from moesteer.engines.transformers.routers import (
 from moesteer.engines.transformers.seam import Rows, SelectionCounts, SteeredLayer, Undo, observe
 from moesteer.engines.transformers.stream import Stream, find_stream
 from moesteer.errors import DidNotFire, MoesteerError
-from moesteer.profile import Expert, LayerShape, Profile, check_fits, check_ungated
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Expert, Profile
+from moesteer.profile_fit import check_fits, check_ungated
 
 UNSTEERED = Profile(name="unsteered")
 

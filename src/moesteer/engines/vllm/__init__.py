@@ -17,7 +17,8 @@ from moesteer.errors import MoesteerError
 if TYPE_CHECKING:
     from moesteer.engines.evidence import DirectionEvidence, LayerEvidence
     from moesteer.engines.vllm.names import Names
-    from moesteer.profile import ModelFacts, Profile
+    from moesteer.model_facts import ModelFacts
+    from moesteer.profile import Profile
 
 
 def load_profile(llm: Any, name: str, profile: "Profile | str | Path") -> None:
@@ -27,7 +28,8 @@ def load_profile(llm: Any, name: str, profile: "Profile | str | Path") -> None:
     has a gate, or the name is no name.
     """
     from moesteer.engines.vllm.names import NAME, NAME_RULE
-    from moesteer.profile import Profile, check_model
+    from moesteer.profile import Profile
+    from moesteer.profile_fit import check_model
 
     if not (isinstance(name, str) and NAME.fullmatch(name)):
         raise MoesteerError(f"{name!r} can't name a profile: {NAME_RULE}.")

@@ -20,7 +20,7 @@ from moesteer.engines.vllm.seam import RoutedLayer, guarded_routing
 from moesteer.engines.vllm.stream import find_stream
 from moesteer.engines.vllm.tables import Tables
 from moesteer.errors import MoesteerError
-from moesteer.profile import LayerShape
+from moesteer.model_facts import LayerShape
 from moesteer.rules import rewritten_logits
 
 PROBE_TOKENS = 32

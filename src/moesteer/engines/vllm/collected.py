@@ -11,7 +11,8 @@ from typing import Any
 from moesteer.engines.evidence import DirectionEvidence, LayerEvidence
 from moesteer.errors import MoesteerError
 from moesteer.gate import Probe, RoutingProbe
-from moesteer.profile import ModelFacts, Profile
+from moesteer.model_facts import ModelFacts
+from moesteer.profile import Profile
 
 Counts = Mapping[int, Sequence[float]]
 """By layer, how many tokens chose each expert (or the sum of its probability)."""

@@ -12,7 +12,9 @@ from typing import Any
 from moesteer.engines.vllm.settings import KEY, settings_of
 from moesteer.errors import MoesteerError
 from moesteer.gate import Probe
-from moesteer.profile import ModelFacts, Profile, check_model, check_ungated
+from moesteer.model_facts import ModelFacts
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_model, check_ungated
 
 EVIDENCE_KEY = "moesteer_key"
 COUNT = "moesteer_count"

@@ -11,7 +11,8 @@ import numpy as np
 from moesteer.direction import Direction
 from moesteer.engines.vllm.directions import check_possible
 from moesteer.gate import DirectionProbe, Probe
-from moesteer.profile import Profile, check_ungated
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_ungated
 
 
 def payload_of(profile: Profile) -> dict[str, Any]:

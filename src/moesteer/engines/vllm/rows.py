@@ -25,7 +25,8 @@ from moesteer.engines.vllm.payload import profile_from
 from moesteer.engines.vllm.readings import Readings
 from moesteer.engines.vllm.tables import Tables
 from moesteer.errors import MoesteerError
-from moesteer.profile import LayerShape, Profile
+from moesteer.model_facts import LayerShape
+from moesteer.profile import Profile
 
 KEPT_RESULTS = 1024
 """Results that nobody asks for are dropped, the oldest first, beyond this many."""

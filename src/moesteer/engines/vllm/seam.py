@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moesteer.engines.vllm.guarded_selection import Selection
 from moesteer.engines.vllm.tables import Tables
-from moesteer.profile import LayerShape
+from moesteer.model_facts import LayerShape
 from moesteer.rules import rewritten_logits
 
 

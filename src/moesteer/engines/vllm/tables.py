@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moesteer.profile import LayerShape
+from moesteer.model_facts import LayerShape
 
 
 class Tables:

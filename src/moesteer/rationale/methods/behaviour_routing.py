@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Float
 
 from moesteer.errors import MoesteerError
-from moesteer.profile import Profile, check_model
+from moesteer.profile import Profile
+from moesteer.profile_fit import check_model
 
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine

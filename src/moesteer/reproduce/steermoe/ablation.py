@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from moesteer.evaluation.comparison import STEERED, Comparison
-from moesteer.profile import ModelFacts, Profile
+from moesteer.model_facts import ModelFacts
+from moesteer.profile import Profile
 from moesteer.reproduce.comparing import Estimate, hits, paired
 from moesteer.reproduce.steermoe.detection import scores_of
 from moesteer.reproduce.steermoe.numbers import as_published, is_of_the_paper

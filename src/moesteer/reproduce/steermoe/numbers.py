@@ -8,7 +8,8 @@ from moesteer.detection.selecting import ranked_experts, scores_by_expert
 from moesteer.errors import MoesteerError
 from moesteer.evaluation.cards import Card
 from moesteer.evaluation.search import BEST, SearchResult, search
-from moesteer.profile import Expert, LayerShape, ModelFacts, Profile, Side
+from moesteer.model_facts import LayerShape, ModelFacts
+from moesteer.profile import Expert, Profile, Side
 from moesteer.reproduce.outcome import NotRun
 from moesteer.reproduce.papers import PaperModel
 from moesteer.reproduce.steermoe.detection import scores_of

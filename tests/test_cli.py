@@ -60,6 +60,8 @@ def test_help_imports_nothing_heavy(option: str):
         (("detect", "m", "--out", "o"), ("--pairs",)),
         (("detect", "m", "--pairs", "p", "--out", "o", "--toward", "c"), ('"c"', '"a", "b"')),
         (("detect", "m", "--pairs", "p", "--out", "o", "--activate", "x"), ("--activate", '"x"')),
+        (("generate", "m", "hi", "--seed", "1.5"), ("--seed is 1.5", "whole number")),
+        (("generate", "m", "hi", "--batch-size", "1e0.5"), ("--batch-size",)),
         (("generate", "m", "hi", "--dtype", "float99"), ("float99", "bfloat16")),
         (("import-ranking", "r", "--out", "o"), ("--top-k",)),
     ],

@@ -57,6 +57,7 @@ def test_a_dry_run_uploads_nothing_and_hides_the_folder(
 
 def test_refusals(refused: Run, hub: FakeHub, made: dict[str, Path]):
     chosen = made["chosen"]
+    assert "--private" in refused("push", chosen, "me/x", "--private", "--dry-run", "laid").err
     assert "OWNER/NAME" in refused("push", chosen, "chosen", "--dry-run", "laid").err
     assert "no such profile" in refused("push", "no.safetensors", "me/x").err
     with open_run("run", "writers", {}, {}):

@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from moesteer.commands.auditing import audit
@@ -45,7 +46,7 @@ from moesteer.commands.watching import watch_fit, watch_run
 from moesteer.commands.writing import writers
 
 if TYPE_CHECKING:
-    from cyclopts import App
+    from cyclopts import App, ArgumentCollection
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -148,6 +149,7 @@ def parser() -> "App":
         help_format="plaintext",
         result_action="return_value",
         suppress_keyboard_interrupt=False,  # ours says what becomes of the work
+        config=_check_whole_numbers,
     )
     Parameter(name="*")(ModelOptions)  # its fields are options of the command that takes it
     groups = {
@@ -169,6 +171,22 @@ def parser() -> "App":
     for group in groups.values():
         app.command(group)
     return app
+
+
+def _check_whole_numbers(
+    app: "App", commands: tuple[str, ...], options: "ArgumentCollection"
+) -> None:
+    """Refuse 1.5 where a whole number is asked for, which cyclopts would round in silence."""
+    from typing import get_args
+
+    from moesteer.errors import MoesteerError
+
+    for option in options:
+        kinds = {option.hint, *get_args(option.hint)}
+        for token in option.tokens if int in kinds and float not in kinds else ():
+            with suppress(ValueError):  # what is no number at all is refused by cyclopts
+                if not float(token.value).is_integer():
+                    raise MoesteerError(f"{option.name} is {token.value}; give a whole number.")
 
 
 def _run(tokens: list[str]) -> int:

@@ -60,6 +60,14 @@ class Run:
         append_lines(self.folder / f"{name}.jsonl", lines)
 
 
+def check_place(path: Path) -> None:
+    """MoesteerError where no folder of results can be."""
+    if path.exists() and not path.is_dir():
+        raise MoesteerError(f"{path} is a file; give a folder for the results.")
+    if not path.parent.is_dir():
+        raise MoesteerError(f"{path} can't be made: the folder {path.parent} does not exist.")
+
+
 @contextmanager
 def open_run(
     folder: str | Path, kind: str, settings: Mapping[str, Any], about: Mapping[str, Any]
@@ -70,10 +78,7 @@ def open_run(
     or another run of other settings.
     """
     path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise MoesteerError(f"{path} is a file; give a folder for the results.")
-    if not path.parent.is_dir():
-        raise MoesteerError(f"{path} can't be made: the folder {path.parent} does not exist.")
+    check_place(path)
     settings = json.loads(json.dumps(settings))
     try:
         path.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """From scores to a choice of experts."""
 
 import inspect
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from moesteer.detection.selecting import ranked_experts, scores_by_expert, select_experts
 from moesteer.errors import MoesteerError, MoesteerWarning
+from moesteer.gate import Gate, RoutingProbe
 from moesteer.model_facts import LayerShape, ModelFacts
 from moesteer.profile import Profile, Scores
 
@@ -116,6 +118,15 @@ def test_experts_whose_interval_contains_0_are_warned_of():
 
 def test_where_there_is_no_interval_nothing_is_warned_of():
     select_experts(PROFILE, activate=2, deactivate=1, toward="a")
+
+
+def test_a_gate_that_is_kept_for_the_other_side_is_warned_of():
+    gated = replace(PROFILE, toward="a", gate=Gate(RoutingProbe(((1, 1),), (1.0,)), 0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert select_experts(gated, activate=1, deactivate=0, toward="a").gate == gated.gate
+    with pytest.warns(MoesteerWarning, match="keeps its gate.*when it steered toward a"):
+        assert select_experts(gated, activate=1, deactivate=0, toward="b").gate == gated.gate
 
 
 def test_a_side_that_is_none_is_refused():

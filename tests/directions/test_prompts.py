@@ -156,7 +156,9 @@ def test_the_seed_decides_which(engine: TransformersEngine):
 
 
 def test_too_few(engine: TransformersEngine):
-    with pytest.raises(MoesteerError, match=r"side B has 11 prompts; at least 12 are needed"):
+    with pytest.raises(
+        MoesteerError, match=r"side B has too few prompts: 11. At least 12 are needed"
+    ):
         draw_sets(engine, prompts(12), prompts(11, "b"))
     with pytest.raises(MoesteerError, match=r"--fit is 7; at least 8"):
         draw_sets(engine, prompts(12), prompts(12, "b"), fit=7)

@@ -63,7 +63,7 @@ def gate(
     """
     from dataclasses import replace
 
-    from moesteer.directions.prompts import draw_sets, read_prompt_set
+    from moesteer.directions.prompts import check_sizes, draw_sets, read_prompt_set
     from moesteer.errors import MoesteerError
     from moesteer.gating.fitting import fit_gate
     from moesteer.gating.threshold import check_enough
@@ -84,6 +84,7 @@ def gate(
         raise MoesteerError("--last is for --by routing; a direction is read at the last token.")
     check_limits(1, 0, batch_size, seed)
     check_least(0, last=last)
+    check_sizes(fit, validate)
     check_out(out, with_, opens, keeps_shut)
     profile = Profile.load(with_)
     check_steers(profile)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesteer.commands.common import DEFAULT, ModelOptions, command_line, load_engine
@@ -160,9 +161,11 @@ def _walk(
     from moesteer.report.terminal import print_text
     from moesteer.report.write_report import write_report
     from moesteer.reproduce.steps import SUMMARY, walk
+    from moesteer.runs import check_place
 
     chat_options = parse_chat_options(options.chat_option or [])
     road.check()
+    check_place(Path(out))
     if road.bundled:
         torch.set_num_threads(1)  # on so small a model, threads mostly wait for each other
     print_text(plan_page(road), width=110)

@@ -38,10 +38,13 @@ def push(
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
+    from moesteer.errors import MoesteerError
     from moesteer.hub.push import lay_out
     from moesteer.hub.push import push as upload
     from moesteer.report.terminal import print_text, profile_facts
 
+    if private and dry_run is not None:
+        raise MoesteerError("--private is for an upload, and --dry-run uploads nothing.")
     with nullcontext(dry_run) if dry_run is not None else TemporaryDirectory() as folder:
         published = lay_out(
             profile, repo, folder, runs=run or [], base_model=base_model, license=license

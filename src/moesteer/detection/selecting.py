@@ -31,6 +31,14 @@ def select_experts(profile: Profile, *, activate: int, deactivate: int, toward: 
             f"{profile.name} holds a direction that steers towards {profile.toward}, so its experts"
             f" can't be selected towards {toward}. Aim it the other way first (moesteer aim)."
         )
+    if profile.gate is not None and profile.toward not in (None, toward):
+        warnings.warn(
+            f"{profile.name} keeps its gate, which was put on when it steered toward"
+            f" {profile.toward}: does it open for the requests that are to be steered toward"
+            f" {toward}?",
+            MoesteerWarning,
+            stacklevel=2,
+        )
     sign = 1 if toward == "a" else -1
     ranked = ranked_experts(profile)
     value = scores_by_expert(profile)

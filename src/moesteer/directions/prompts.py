@@ -127,6 +127,16 @@ def prompts_of_pairs(pairs: Sequence[ContrastPair]) -> tuple[list[Prompt], list[
     return _each_once(sides[0]), _each_once(sides[1])
 
 
+def check_sizes(fit: int, validate: int) -> None:
+    """MoesteerError where so few prompts a side would be asked for that nothing could be found."""
+    for option, asked, least in (
+        ("fit", fit, LEAST_FIT),
+        ("validate", validate, LEAST_VALIDATE),
+    ):
+        if asked < least:
+            raise MoesteerError(f"--{option} is {asked}; at least {least} prompts a side.")
+
+
 def draw_sets(
     engine: "Engine",
     a: Sequence[Prompt],
@@ -142,12 +152,7 @@ def draw_sets(
     Where a side has fewer, they are divided in the same proportion. Raises MoesteerError where they
     are too few, where a prompt is in both sets, or where one does not fit into the context.
     """
-    for option, asked, least in (
-        ("fit", fit, LEAST_FIT),
-        ("validate", validate, LEAST_VALIDATE),
-    ):
-        if asked < least:
-            raise MoesteerError(f"--{option} is {asked}; at least {least} prompts a side.")
+    check_sizes(fit, validate)
     check_apart(a, b)
     drawn = {}
     settings: dict[str, bool | int | float | str] = {}
@@ -155,7 +160,7 @@ def draw_sets(
         chosen = random.Random(seed).sample(list(prompts), min(len(prompts), fit + validate))
         if len(chosen) < LEAST_FIT + LEAST_VALIDATE:
             raise MoesteerError(
-                f"side {side.upper()} has {len(chosen)} prompts; at least"
+                f"side {side.upper()} has too few prompts: {len(chosen)}. At least"
                 f" {LEAST_FIT + LEAST_VALIDATE} are needed: {LEAST_FIT} to fit on and"
                 f" {LEAST_VALIDATE} to choose on."
             )

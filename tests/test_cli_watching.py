@@ -88,7 +88,7 @@ def test_replies(run: Run, model_folder: Path, ordinary: str) -> None:
 def test_refused(run: Run, refused: Run, model_folder: Path, ordinary: str, made: dict) -> None:
     fitting = ("watch", "fit", model_folder, "--reference", ordinary, "--out", "new.safetensors")
     said = refused(*fitting, "--false-alarms", 0.01)
-    assert "50 held-out reference texts are too few for 1.00% false alarms" in said.err
+    assert "50 held-out reference texts are too few for 1 % false alarms" in said.err
     assert "which needs 99" in said.err
     assert "above 0, and at most 0.5" in refused(*fitting, "--false-alarms", 2).err
     assert "there is no such" in refused(*fitting, "--linked", "missing").err

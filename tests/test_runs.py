@@ -42,6 +42,38 @@ def test_settings_are_compared_as_they_are_written(tmp_path: Path) -> None:
         assert len(run.lines("replies")) == 2
 
 
+def test_how_something_was_made_is_no_difference(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    start(folder, profile={"experts": [1], "evidence": {"command": "one", "versions": {"a": 1}}})
+    other = {"experts": [1], "evidence": {"command": "another", "versions": {}}}
+    with open_run(folder, "evaluate", SETTINGS | {"profile": other}, TOLD) as run:
+        assert len(run.lines("replies")) == 2
+    other["experts"] = [1, 2]
+    with (
+        pytest.raises(MoesteerError, match=r"profile\.experts was \[1\] and is \[1, 2\] now"),
+        open_run(folder, "evaluate", SETTINGS | {"profile": other}, TOLD),
+    ):
+        pass
+
+
+def test_what_is_held_by_name_may_grow(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    start(folder)
+    more = SETTINGS | {"tasks": {"facts": ["a", "b"], "more": ["c"]}}
+    with open_run(folder, "evaluate", more, {"command": "again"}, growing=("tasks",)) as run:
+        assert len(run.lines("replies")) == 2
+    assert read_run(folder).settings == more
+    assert read_run(folder).about == {"command": "again"}
+    changed = SETTINGS | {"tasks": {"facts": ["a"], "more": ["c"], "third": []}}
+    for settings in (SETTINGS, changed):
+        with (
+            pytest.raises(MoesteerError, match=r"tasks\.(more|facts) was"),
+            open_run(folder, "evaluate", settings, TOLD, growing=("tasks",)),
+        ):
+            pass
+    assert read_run(folder).settings == more
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

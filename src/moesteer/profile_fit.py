@@ -170,7 +170,7 @@ def _check_weights(name: str, made_on: ModelFacts, model: ModelFacts) -> None:
             raise MoesteerError(
                 f"{name} was made on {made_on.id}, whose weights differ from those of {model.id}:"
                 f" the router of layer {shape.layer} has norm {theirs:.6g} in the profile and"
-                f" {ours:.6g} in the model. Detect again on this model."
+                f" {ours:.6g} in the model. Make it anew on this model."
             )
     numbers = [shape.layer for shape in model.layers] or range(model.decoder_layers)
     layers = zip(numbers, made_on.layer_norms, model.layer_norms, strict=False)

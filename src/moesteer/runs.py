@@ -5,11 +5,12 @@
 
 A run that was interrupted is taken up by the same command with the same settings. Anything else in
 its place (another command's run, another model, other settings, another version of the format) is
-refused, with the first difference.
+refused, with the first difference. How a profile among the settings was made (the command as it was
+typed, the versions) decides nothing and is not compared.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from moesteer.files import append_lines, complete_lines, sole_writer, write_text
 
 RUN_SCHEMA = 1
 ABOUT = "run.json"
+PROVENANCE = ("command", "versions")
 
 
 @dataclass(frozen=True)
@@ -60,39 +62,54 @@ class Run:
         append_lines(self.folder / f"{name}.jsonl", lines)
 
 
-def check_place(path: Path) -> None:
-    """MoesteerError where no folder of results can be."""
+def check_place(path: Path, kind: str) -> None:
+    """MoesteerError where no run of this kind can be, whatever its settings."""
     if path.exists() and not path.is_dir():
         raise MoesteerError(f"{path} is a file; give a folder for the results.")
     if not path.parent.is_dir():
         raise MoesteerError(f"{path} can't be made: the folder {path.parent} does not exist.")
+    if (path / ABOUT).exists():
+        if (run := read_run(path)).kind != kind:
+            raise MoesteerError(
+                f"{path} holds a run of `{run.kind}`, not of `{kind}`; give another folder."
+            )
+    elif foreign := sorted(p.name for p in path.glob("[!.]*")):
+        raise MoesteerError(
+            f"{path} holds {foreign[0]}, but no run of moesteer; give an empty folder."
+        )
 
 
 @contextmanager
 def open_run(
-    folder: str | Path, kind: str, settings: Mapping[str, Any], about: Mapping[str, Any]
+    folder: str | Path,
+    kind: str,
+    settings: Mapping[str, Any],
+    about: Mapping[str, Any],
+    growing: Sequence[str] = (),
 ) -> Iterator[Run]:
     """Start a run in `folder`, made where it is missing, or take up the one that is there.
 
-    Holds the folder's lock meanwhile. Raises MoesteerError where the folder holds something else,
-    or another run of other settings.
+    `growing` names the settings that are held by name, such as tasks: there may be more of them
+    than there were. Holds the folder's lock meanwhile. Raises MoesteerError where the folder holds
+    something else, or another run of other settings.
     """
     path = Path(folder)
-    check_place(path)
+    check_place(path, kind)
     settings = json.loads(json.dumps(settings))
     try:
         path.mkdir(exist_ok=True)
     except OSError as error:
         raise MoesteerError(f"{path} can't be made: {error.strerror}.") from None
     with sole_writer(path / ABOUT):
-        if (path / ABOUT).exists():
-            run = read_run(path)
-            _check_same(run, kind, settings)
+        check_place(path, kind)  # another may have begun meanwhile
+        there = read_run(path) if (path / ABOUT).exists() else None
+        if there is not None:
+            _check_same(there, settings, growing)
+        if there is not None and all(
+            there.settings.get(key) == settings.get(key) for key in growing
+        ):
+            run = there
         else:
-            if foreign := sorted(p.name for p in path.iterdir() if not p.name.startswith(".")):
-                raise MoesteerError(
-                    f"{path} holds {foreign[0]}, but no run of moesteer; give an empty folder."
-                )
             run = Run(path, kind, settings, dict(about))
             text = {"schema": RUN_SCHEMA, "kind": kind, "settings": settings, "about": run.about}
             write_text(path / ABOUT, json.dumps(text, ensure_ascii=False, indent=1) + "\n")
@@ -122,18 +139,30 @@ def read_run(folder: str | Path) -> Run:
         raise MoesteerError(f"{path} lacks kind, settings or about.") from None
 
 
-def _check_same(run: Run, kind: str, settings: Mapping[str, Any]) -> None:
-    if run.kind != kind:
+def _has_grown(there: object, here: object) -> bool:
+    """Whether all that was there is here, and more."""
+    return isinstance(there, dict) and isinstance(here, dict) and there.items() < here.items()
+
+
+def _check_same(run: Run, settings: Mapping[str, Any], growing: Sequence[str]) -> None:
+    grown = {k: settings[k] for k in growing if _has_grown(run.settings.get(k), settings.get(k))}
+    if difference := _first_difference({**run.settings, **grown}, settings):
+        where, there, here = difference
         raise MoesteerError(
-            f"{run.folder} holds a run of `{run.kind}`, not of `{kind}`; give another folder."
+            f"{run.folder} holds a run with other settings: {where} was {_short(there)} and is"
+            f" {_short(here)} now. Repeat that one to go on with it, or give another folder."
         )
-    for key in sorted({*run.settings, *settings}):
-        there, here = run.settings.get(key), settings.get(key)
-        if there != here:
-            raise MoesteerError(
-                f"{run.folder} holds a run with other settings: {key} was {_short(there)} and is"
-                f" {_short(here)} now. Repeat that one to go on with it, or give another folder."
-            )
+
+
+def _first_difference(there: Any, here: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """What differs, by its keys, and both values; what is only told is passed over."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for key in sorted({*there, *here}.difference(PROVENANCE if where else ())):
+            inner = f"{where}.{key}" if where else key
+            if found := _first_difference(there.get(key), here.get(key), inner):
+                return found
+        return None
+    return None if there == here else (where, there, here)
 
 
 def _short(value: object) -> str:

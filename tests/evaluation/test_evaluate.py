@@ -53,9 +53,15 @@ def profile(engine: TransformersEngine) -> Profile:
     )
 
 
-def run(engine: TransformersEngine, profile: Profile, out: Path, **more: object) -> Comparison:
+def run(
+    engine: TransformersEngine,
+    profile: Profile,
+    out: Path,
+    cards: Sequence[str] = CARDS,
+    **more: object,
+) -> Comparison:
     settings = {"seeds": 1, "limit": ITEMS, "batch_size": 4} | more
-    return evaluate(engine, profile, [read_card(c) for c in CARDS], out=out, **settings)  # pyright: ignore[reportArgumentType]
+    return evaluate(engine, profile, [read_card(c) for c in cards], out=out, **settings)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="module")
@@ -193,13 +199,43 @@ def test_an_interrupted_run_is_taken_up(
     assert run(engine, profile, out) == comparison
 
 
+def test_a_task_that_comes_later_is_added(
+    engine: TransformersEngine,
+    profile: Profile,
+    done: tuple[Path, Comparison],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """By a profile that was made anew, too: when and how it was made decides nothing."""
+    out, before = tmp_path / "run", done[1]
+    shutil.copytree(done[0], out)
+    old = lines(out / "replies.jsonl")
+    asked: list[int] = []
+    generate = engine.generate
+
+    def counted(prompts: Sequence[str], *args, **kwargs):
+        asked.append(len(prompts))
+        return generate(prompts, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "generate", counted)
+    more = (*CARDS, "testbed-benign")
+    after = run(engine, profile.made_by("moesteer select …"), out, more)
+    assert sum(asked) == len(before.arms) * ITEMS
+    assert lines(out / "replies.jsonl")[: len(old)] == old
+    assert [task.name for task in after.tasks] == list(more)
+    assert [share for share in after.shares if share.task in CARDS] == list(before.shares)
+    assert run(engine, profile, out, more) == after
+    with pytest.raises(MoesteerError, match=r"testbed-benign was .* and is null now"):
+        run(engine, profile, out)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"limit": ITEMS - 1}, "tasks was"),
+        ({"limit": ITEMS - 1}, r"tasks\.testbed-\w+ was"),
         ({"split": "dev"}, "split was"),
         ({"seeds": 2}, "seeds was 1 and is 2 now"),
-        ({"max_new_tokens": 5}, "max_new_tokens was"),
+        ({"max_new_tokens": 5}, r"max_new_tokens\.testbed-\w+ was \d+ and is 5 now"),
     ],
 )
 def test_other_settings_are_not_mixed_in(

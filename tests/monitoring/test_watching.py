@@ -259,6 +259,7 @@ def test_taken_up_by_the_same_reference_on_the_same_texts_only(
         check(engine, relabelled, reference, out=str(out))
 
     again = fitted_otherwise(command="moesteer watch fit …", versions={"python": "4"})
-    assert len(check(engine, prompts, again, out=str(out))) == 4
+    verdicts = check(engine, prompts, again, out=str(out))
     lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(v.word, v.drift) for v in verdicts] == [(one["watch"], one["drift"]) for one in lines]
     assert [line["id"] for line in lines] == list(range(8))

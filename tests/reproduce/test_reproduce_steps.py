@@ -99,11 +99,12 @@ def test_data_may_come_later_but_not_change(engine: TransformersEngine, tmp_path
     file.write_text("{}\n")
     walk(road(GOOD), lambda: engine, out)
     walk(road(GOOD, inputs={"mquake": str(file)}), lambda: engine, out)
-    walk(road(GOOD), lambda: engine, out)
     walk(road(GOOD, inputs={"mquake": str(file), "mctest": "ORG/mctest"}), lambda: engine, out)
+    with pytest.raises(MoesteerError, match="begun with mctest, too"):
+        walk(road(GOOD, inputs={"mquake": str(file)}), lambda: engine, out)
     file.write_text('{"other": 1}\n')
     with pytest.raises(MoesteerError, match="begun with other data for mquake"):
-        walk(road(GOOD, inputs={"mquake": str(file)}), lambda: engine, out)
+        walk(road(GOOD, inputs={"mquake": str(file), "mctest": "ORG/mctest"}), lambda: engine, out)
 
 
 def test_another_road_in_the_same_folder_is_refused(

@@ -149,6 +149,7 @@ def _walk(
     import torch
 
     from moesteer.chat import parse_chat_options
+    from moesteer.errors import MoesteerError
     from moesteer.files import write_text
     from moesteer.report.progress import counted_progress
     from moesteer.report.reproduce_page import (
@@ -165,7 +166,7 @@ def _walk(
 
     chat_options = parse_chat_options(options.chat_option or [])
     road.check()
-    check_place(Path(out))
+    check_place(Path(out), f"reproduce {road.paper.name}")
     if road.bundled:
         torch.set_num_threads(1)  # on so small a model, threads mostly wait for each other
     print_text(plan_page(road), width=110)
@@ -186,6 +187,11 @@ def _walk(
     if result.runs:
         write_report([folder / run for run in result.runs], folder / "report.html")
     print_text(f"written: {out}")
+    if failed := [one.step for one in result.not_run if one.failed]:
+        raise MoesteerError(
+            f"{len(failed)} of what could be run was not finished: {'; '.join(failed)}. The tables"
+            " say why; mended, the same command goes on from there."
+        )
 
 
 def _stand_in(model: str, instead: str, given: list[str]) -> tuple[str, bool]:

@@ -93,7 +93,8 @@ def evaluate(
 ) -> Comparison:
     """Measure what a profile does on tasks, beside the unsteered model and controls.
 
-    `out` is the run's folder; an interrupted run is taken up. `data` names the file of a task's
+    `out` is the run's folder; an interrupted run is taken up, and more tasks may be added to one
+    that is finished. `data` names the file of a task's
     prompts, `limit` asks only the first so many of each, `seeds` is how many controls of each kind
     there are, `beside` holds more arms by name, `chat_options` override the
     profile's. Checks of the judges are looked for in the folder `checks`, by default the one that
@@ -133,7 +134,9 @@ def evaluate(
         "batch_size": batch_size,
         "max_new_tokens": {a.card.name: a.max_new_tokens for a in asked},
     }
-    with open_run(out, "evaluate", settings, about(command)) as run:
+    with open_run(
+        out, "evaluate", settings, about(command), growing=("tasks", "max_new_tokens")
+    ) as run:
         ask_all(run, engine, asked, by_name, batch_size, say, progress)
         drifts = _drifts(run, engine, asked, by_name, batch_size)
         replies = replies_of(run)

@@ -166,10 +166,11 @@ def check_enough(held_out: int, false_alarms: float, linked: bool) -> None:
     least = least_texts(rate_of_each(false_alarms, linked))
     if held_out < least:
         possible = (2 if linked else 1) / (held_out + 1)
+        lower = f", or a rate of {possible:.2g} or more" if possible <= 0.5 else ""
         raise MoesteerError(
-            f"{held_out} held-out reference texts are too few for {false_alarms:.2%} false alarms"
-            f" by {'two scores' if linked else 'one score'}, which needs {least} (half of the texts"
-            f" are held out). Give more texts, or a rate of {possible:.2g} or more."
+            f"{held_out} held-out reference texts are too few for {100 * false_alarms:.3g} % false"
+            f" alarms by {'two scores' if linked else 'one score'}, which needs {least} (half of"
+            f" the texts that differ are held out). Give more texts{lower}."
         )
 
 

@@ -12,14 +12,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moesteer.chat import TokenisedConversation, parse_chat_options, render_prompt
 from moesteer.detection.counts import Progress, count_conversations
 from moesteer.errors import MoesteerError
-from moesteer.files import growing_lines, sole_writer
+from moesteer.files import complete_lines, growing_lines, sole_writer
 from moesteer.generate import Prompt
 from moesteer.monitoring.drift import linked_share, reference_shares, routing_drift
 from moesteer.monitoring.reference import (
@@ -40,6 +40,8 @@ from moesteer.provenance import installed_versions
 if TYPE_CHECKING:
     from moesteer.engines.base import Engine
 
+OURS = {"watch", "raised", "tokens", "drift", "linked", "reference"}
+"""What a line says beside the fields of its text."""
 GROUP = 256
 """Texts that are judged, and written, together."""
 
@@ -75,6 +77,8 @@ def fit_to_file(
     Counts are checkpointed beside `out` and removed once it is written.
     """
     check_enough(len(prompts) - len(prompts) // 2, false_alarms, linked is not None)
+    if len(prompts) < 2:
+        raise MoesteerError(f"{source} holds a single text; give some to fit on, too.")
     if linked is not None:
         check_model(linked, engine.facts)
     experts = () if linked is None else linked_experts(linked)
@@ -142,9 +146,16 @@ def check(
     """Write a JSON line a text with its scores and what is to be said of it; the verdicts.
 
     Without `out`, lines are printed as they come. With it, an interrupted run is taken up where it
-    stopped, and the verdicts are of the texts judged now.
+    stopped; the verdicts are of all its texts. Raises MoesteerError where a line would lose a field
+    of its text.
     """
     check_reference(reference, engine.facts)
+    for prompt in prompts:
+        if lost := sorted(OURS & prompt.beside.keys()):
+            raise MoesteerError(
+                f"{prompt.source}: the field {lost[0]!r} is one that watch writes itself; rename or"
+                " drop it."
+            )
     options = reference.origin.chat_options | parse_chat_options(chat_options)
     texts = [as_watched(engine, prompt, reference.origin.over, options) for prompt in prompts]
     told = progress or (lambda done, total: None)
@@ -170,7 +181,7 @@ def check(
         told(done, len(texts))
         for start in range(done // GROUP * GROUP, len(texts), GROUP):
             add(lines(start)[max(0, done - start) :])
-    return verdicts
+    return [_verdict_of(json.loads(line)) for line in complete_lines(Path(out))]
 
 
 def judged(
@@ -255,6 +266,11 @@ def _line(prompt: Prompt, verdict: Verdict, reference: Reference) -> dict[str, o
         "linked": verdict.linked,
         "reference": reference.name,
     }
+
+
+def _verdict_of(line: Mapping[str, Any]) -> Verdict:
+    """What a line of `check` says."""
+    return Verdict(line["tokens"], line["drift"], line["linked"], tuple(line["raised"]))
 
 
 def _hash(content: object) -> str:

@@ -41,6 +41,8 @@ SECONDS = 0.4
 """No larger batch is measured than the first that takes longer; what is larger is drawn out."""
 GROWTH = 4
 ROUNDS = 2
+SCORED = 4096
+"""Pairs; of more, scores take as much longer."""
 STEPS = 8
 """Tokens of a reply that are measured; the others are taken to be like them."""
 
@@ -115,14 +117,15 @@ class Measured:
         return Cost(seconds + (one.new - 1) * (layers[1] + step.rest), max(held, prompt.held))
 
     def _scores(self, one: Pass) -> Cost:
-        """Scores and intervals of the slice's experts, times layers."""
+        """Scores and intervals of the slice's experts, times layers; of many pairs, of a part."""
+        rows = min(one.rows, SCORED)
         layers = self._engine.facts.layers
         widest = max(layer.experts for layer in layers)
         generator = np.random.default_rng(0)
-        shape = (one.rows, 2, len(layers), widest)
+        shape = (rows, 2, len(layers), widest)
         counts = RoutingCounts(
             generator.integers(0, 8, size=shape).astype(np.int32),
-            np.full((one.rows, 2), 16, dtype=np.int64),
+            np.full((rows, 2), 16, dtype=np.int64),
         )
         chosen = list(DETECTORS.values())[: one.tokens]
         few = RoutingCounts(counts.selected[:2], counts.tokens[:2])
@@ -133,7 +136,7 @@ class Measured:
                 start = self._clock()
                 score_experts(detector, counts, layers, seed=0)
                 times.append(self._clock() - start)
-        drawn = len(self._whole.layers) / len(layers)
+        drawn = len(self._whole.layers) / len(layers) * one.rows / rows
         return Cost(sum(times) * drawn, held() * drawn)
 
     def _taken(self, kind: str, rows: int, tokens: int, new: int) -> Taken:

@@ -193,10 +193,16 @@ def digest(source: str) -> str:
 def _keep_inputs(run: Run, inputs: Mapping[str, str]) -> None:
     """Which data were given for what; MoesteerError where it was other data before.
 
-    More may come with time, so this is no setting that must be the same.
+    More may come with time, so this is no setting that must be the same; but what was found with
+    what was given before would be missing from the tables without it.
     """
     there = {line["name"]: line["digest"] for line in run.lines(INPUTS, "name", "digest")}
     new = {name: digest(source) for name, source in inputs.items()}
+    if left_out := [name for name in there if name not in new]:
+        raise MoesteerError(
+            f"{run.folder} was begun with {' and '.join(left_out)}, too; give them again with what"
+            " is new, or another --out."
+        )
     if changed := [name for name in new if there.get(name, new[name]) != new[name]]:
         raise MoesteerError(
             f"{run.folder} was begun with other data for {changed[0]} than {inputs[changed[0]]};"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from moesteer.detection.selecting import ranked_experts, scores_by_expert
 from moesteer.errors import MoesteerError
@@ -14,7 +15,7 @@ from moesteer.reproduce.outcome import NotRun
 from moesteer.reproduce.papers import PaperModel
 from moesteer.reproduce.steermoe.detection import scores_of
 from moesteer.reproduce.steermoe.plan import Aim, Work, lacks
-from moesteer.reproduce.steps import Context, Step
+from moesteer.reproduce.steps import SUMMARY, Context, Step
 
 FLUENT = 0.9
 """The least share of fluent replies where numbers of experts are chosen."""
@@ -86,7 +87,15 @@ def _choose_all(work: Work, aims: Sequence[Aim], context: Context) -> Iterator[o
 def _searched(
     work: Work, aim: Aim, scores: Profile, context: Context
 ) -> tuple[Chosen, SearchResult]:
-    """The numbers that move the first target furthest on dev."""
+    """The numbers that move the first target furthest on dev; once chosen, they stay.
+
+    A folder is of one model, one set of pairs and one limit, and so is the choice in it. With more
+    prompts brought since, another would be made, under which all that was measured would not stand.
+    """
+    folder = context.out / f"{aim.folder}-numbers"
+    if (file := folder / SUMMARY).is_file():
+        result = SearchResult.from_json(file.read_text(encoding="utf-8"), file)
+        return _best(folder, scores), result
     target = work.tasks.of(aim.targets, "target")[0]
     if aim.toward == "b":
         target = replace(target, outcome=_other(target))
@@ -97,7 +106,7 @@ def _searched(
             [scores],
             target,
             toward=aim.toward,
-            out=context.out / f"{aim.folder}-numbers",
+            out=folder,
             prices=[(card, FLUENT) for card in fluency],
             budget=work.sizes.budget,
             seeds=CONTROL_SEARCHES,
@@ -109,8 +118,11 @@ def _searched(
             progress=progress,
             command=context.command,
         )
-    best = Profile.load(context.out / f"{aim.folder}-numbers" / BEST)
-    return Chosen(replace(best, scores=scores.scores), (), 0), result
+    return _best(folder, scores), result
+
+
+def _best(folder: Path, scores: Profile) -> Chosen:
+    return Chosen(replace(Profile.load(folder / BEST), scores=scores.scores), (), 0)
 
 
 def _other(card: Card) -> str:

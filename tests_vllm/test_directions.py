@@ -556,7 +556,7 @@ def test_an_engine_is_started_with_room_for_the_profiles_it_is_for() -> None:
 def test_an_engine_without_room_says_how_to_start_one() -> None:
     with (
         running(testbed.model_path()) as llm,
-        pytest.raises(MoesteerError, match=r'without room for them.*"directions": 8'),
+        pytest.raises(MoesteerError, match=r'without room for directions.*"directions": 8'),
     ):
         load_profile(llm, "mine", one("mlp", "add"))
 

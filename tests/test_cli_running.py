@@ -288,6 +288,10 @@ def test_texts_that_no_tokenizer_reads(refused: Run, model_folder: Path):
     )
     said = refused("generate", model_folder, "--file", "p.jsonl")
     assert "p.jsonl:1: the last message is the assistant's" in said.err
+    both = '{"prompt": "b", "messages": [{"role": "user", "content": "a"}]}\n'
+    Path("p.jsonl").write_text(both.replace('"b"', '"a"') + both)
+    said = refused("generate", model_folder, "--file", "p.jsonl")
+    assert "p.jsonl:2: prompt and the last of messages differ" in said.err
 
 
 @pytest.mark.parametrize("command", ["--help", "--version", "testbed", "show PROFILE"])

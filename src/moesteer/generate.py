@@ -91,6 +91,8 @@ def prompt_of_record(record: dict[str, object], where: str) -> Prompt:
     turns = check_record(_Messages, record, where).messages
     if turns[-1].role == "assistant":
         raise MoesteerError(f"{where}: the last message is the assistant's already.")
+    if record.get("prompt", turns[-1].content) != turns[-1].content:
+        raise MoesteerError(f"{where}: prompt and the last of messages differ; give one of them.")
     return Prompt(tuple(Message(turn.role, turn.content) for turn in turns), where, beside)
 
 

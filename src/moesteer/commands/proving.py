@@ -48,7 +48,8 @@ def evaluate(
         A task, or your own card (FILE.toml). May be repeated. Where all are targets, tasks that
         measure the price are added.
     out
-        The folder of results. An interrupted run is taken up when started again.
+        The folder of results. An interrupted run is taken up when started again, and tasks may be
+        added to a finished one.
     split
         Which of the prompts. What was chosen on dev is measured on test, once.
     seeds

@@ -65,8 +65,9 @@ def in_points(value: float, low: float, high: float, p: float | None = None) -> 
     if not (value or low or high):
         return Entry("0", 0.0, 0.0, 0.0)
     mean, start, end = (round(100 * x) for x in (value, low, high))
-    words = signs(f"{mean:+d} ({start:+d} … {end:+d})")
-    return Entry(f"{words} {p_words(p)}".rstrip(), value, low, high)
+    # The bootstrap has no width where every prompt does the same.
+    spread = f"({start:+d} … {end:+d})" if low < high else "[the same on each prompt]"
+    return Entry(f"{signs(f'{mean:+d} {spread}')} {p_words(p)}".rstrip(), value, low, high)
 
 
 # -- comparisons that no run makes itself --------------------------------------------------------

@@ -177,12 +177,17 @@ def _not_run(absent: Sequence[NotRun]) -> Iterator[Block]:
     if not absent:
         yield Paragraph("Everything was run.")
         return
-    yield Paragraph("Bring what is missing and give the same command again: what is done stays.")
-    rows = tuple(
-        (text(one.step), text(f"begun, but: {one.missing}" if one.failed else one.missing))
-        for one in absent
-    )
-    yield Table("what to bring", ("step", "what is missing"), rows)
+    failed, missing = ([one for one in absent if one.failed is was] for was in (True, False))
+    if failed:
+        yield Paragraph("Begun and not finished; mend the cause, and give the same command again.")
+        yield Table("what was not finished", ("step", "why"), _reasons(failed))
+    if missing:
+        yield Paragraph("Bring what is missing and give the command again with it; the rest stays.")
+        yield Table("what to bring", ("step", "what is missing"), _reasons(missing))
+
+
+def _reasons(absent: Sequence[NotRun]) -> tuple[tuple[Cell, Cell], ...]:
+    return tuple((text(one.step), text(one.missing)) for one in absent)
 
 
 def _findings(paper: Paper) -> Table:

@@ -100,7 +100,7 @@ def test_planted_experts_move_the_accuracy_and_random_ones_do_not(
     assert said.code == 2
     assert "random 1 answered other prompts of choice" in said.err
     said = run(*command, "--with", "doubt.safetensors", "--tasks", "choice,spoken", "rolling")
-    assert "other settings: profile was" in said.err
+    assert "other settings: profile.activated was" in said.err
 
 
 def test_an_interrupted_run_goes_on_at_the_arm_where_it_stopped(

@@ -196,7 +196,7 @@ def test_other_settings_are_not_mixed_in(
 ):
     with pytest.raises(MoesteerError, match="budget was 8 and is 9 now"):
         run(engine, ranking, done[0], budget=9)
-    with pytest.raises(MoesteerError, match="rankings was"):
+    with pytest.raises(MoesteerError, match=r"rankings\.risk-difference was"):
         run(engine, shuffled_ranking(ranking, 0), done[0])
 
 

@@ -180,7 +180,7 @@ def test_a_run_of_other_settings_is_refused(engine: TransformersEngine, run: Pat
         explain(engine, INSTANCES, replace(SETTINGS, pool="mean"), out=run, arms=arms)
     with pytest.raises(MoesteerError, match="instances was"):
         explain(engine, INSTANCES[:3], SETTINGS, out=run, arms=arms)
-    with pytest.raises(MoesteerError, match="arms was"):
+    with pytest.raises(MoesteerError, match=r"arms\.random 0 was"):
         explain(engine, INSTANCES, SETTINGS, out=run)
 
 

@@ -265,7 +265,7 @@ def test_a_killed_run_comes_to_the_same(
     monkeypatch.setattr(module, "train_epoch", None)
     assert run(model_folder, out, training) == whole
     assert read_run(out).kind == "rationale finetune"
-    with pytest.raises(MoesteerError, match="training was"):
+    with pytest.raises(MoesteerError, match=r"training\.batch_size was 8 and is 16"):
         run(model_folder, out, Training(rate=1e-3, epochs=2, full=True))
 
 

@@ -12,6 +12,8 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from moesteer.commands.auditing import audit
@@ -91,7 +93,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def overview() -> str:
-    """All commands, a line each."""
+    """All commands, each with what it does."""
     lines = [
         "Usage: moesteer COMMAND …",
         "",
@@ -99,8 +101,10 @@ def overview() -> str:
         "inference, and prove what changed. Start with: moesteer demo",
         "",
     ]
+    width = min(get_terminal_size().columns, 100)
     for name, command in COMMANDS.items():
-        lines.append(f"  {name:<26}{(command.__doc__ or '').splitlines()[0]}")
+        said = (command.__doc__ or "").splitlines()[0]
+        lines += wrap(said, width, initial_indent=f"  {name:<26}", subsequent_indent=" " * 28)
     return "\n".join([*lines, "", "moesteer COMMAND --help says what a command takes."])
 
 
